@@ -177,6 +177,7 @@ def test_rows_of_a_study():
 
 
 def test_accuracy_ranks_upwards():
-    right, wrong = np.array([[1.0, 1]] * 20), np.array([[0.0, 1]] * 20)
-    rows = [_row("weak", 1, wrong, accuracy=0.0), _row("strong", 1, right, accuracy=1.0)]
-    assert [each.method for each in rank_rows(rows).standings] == ["strong", "weak"]
+    """A document's entry counts its errors; the standing shows the accuracy, and the higher one wins."""
+    weak, strong = np.array([[1.0, 1]] * 15 + [[0.0, 1]] * 5), np.array([[0.0, 1]] * 20)
+    rows = [_row("weak", 1, weak, accuracy=0.25), _row("strong", 1, strong, accuracy=1.0)]
+    assert [(each.method, each.mean) for each in rank_rows(rows).standings] == [("strong", 1.0), ("weak", 0.25)]
