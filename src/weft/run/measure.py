@@ -1,0 +1,126 @@
+"""Step time and peak memory of training, measured from outside the training loop.
+
+Meant for a fresh process that is alone on the machine: an optimiser step is seen through torch's own step hook, so that
+what is timed is the loop which users run, data loading and all.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 2  # steps that fill caches and optimiser states, not counted where enough others remain
+
+
+@dataclass
+class Measurement:
+    """What `measuring` saw.
+
+    Attributes:
+        moments: seconds on a clock at which each optimiser step ended.
+        peak_bytes: memory at its highest, above what was held at the start: bytes on the GPU if there is one, else
+            resident memory of the process. None where the system does not tell.
+    """
+
+    moments: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median time from one optimiser step to the next; None for fewer than two steps."""
+        apart = [later - earlier for earlier, later in zip(self.moments, self.moments[1:], strict=False)]
+        return statistics.median(apart[WARM_UP:] or apart) if apart else None
+
+
+@contextmanager
+def measuring() -> Iterator[Measurement]:
+    """Watch the optimiser steps taken inside; start it before the model is loaded, so that its weights count."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    on_gpu = torch.cuda.is_available()
+    gc.collect()
+    before = _start_memory(on_gpu)
+    seen = Measurement()
+    stepping: list[int] = []  # the one optimiser that is counted: a method may have a second one
+
+    def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        stepping[:] = stepping or [id(optimizer)]
+        if id(optimizer) != stepping[0]:
+            return
+        if on_gpu:
+            torch.cuda.synchronize()
+        seen.moments.append(time.perf_counter())
+        peak = _peak_memory(on_gpu)
+        seen.peak_bytes = None if peak is None or before is None else max(0, peak - before)
+
+    handle = register_optimizer_step_post_hook(stepped)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def restart_peak() -> None:
+    """Forget the peak so far, for what is not to count (reading a checkpoint needs more than training from it may)."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _restart_resident_peak()
+
+
+def _start_memory(on_gpu: bool) -> int | None:
+    import torch
+
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+    _restart_resident_peak()
+    return _status("VmRSS") or _peak_memory(False)
+
+
+def _peak_memory(on_gpu: bool) -> int | None:
+    import torch
+
+    if on_gpu:
+        return int(torch.cuda.max_memory_allocated())
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:
+        return None
+    import sys
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def _status(name: str) -> int | None:
+    """A field of Linux's /proc/self/status in bytes; None on other systems."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _restart_resident_peak() -> None:
+    """On Linux, 5 written to clear_refs sets the peak back to what is resident now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return

@@ -1,0 +1,223 @@
+"""Runs spread over processes of this machine, or over a Ray cluster.
+
+Both take JSON in and give JSON out, and run the same function with the same number of threads, so that where a run took
+place leaves no trace in its numbers. A worker that dies takes its one run with it and is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from weft.errors import UsageError, WeftError
+
+Json = dict[str, Any]
+Function = Callable[[Json, Json], Json]  # (context, task) -> row; a module-level function
+
+
+class Pool(Protocol):
+    """Somewhere that runs tasks."""
+
+    def free(self) -> int:
+        """How many tasks could start at once."""
+
+    def submit(self, task: Json) -> None:
+        """Start a task on a free place."""
+
+    def next(self) -> tuple[Json, Json | None]:
+        """Wait for the next finished task: (task, row), or (task, None) where its process died."""
+
+    def close(self) -> None:
+        """Stop everything, finished or not."""
+
+
+def name_of(function: Function) -> str:
+    """How another process finds a function: "module:name"."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _find(name: str) -> Function:
+    module, _, attribute = name.partition(":")
+    found: Function = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def _settle(threads: int) -> None:
+    """One number of threads for every library, before the first sum: it decides the last bits of the result."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _serve(pipe: Connection, function: str, context: str, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
+    _settle(threads)
+    run, shared = _find(function), json.loads(context)
+    while True:
+        try:
+            task = json.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        pipe.send_bytes(json.dumps(run(shared, task)).encode())
+
+
+def _processes() -> Any:
+    """Processes that import torch once and are then forked from a clean copy; started afresh where there is no fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.trainer", "peft", "datasets", "weft.run.compare"])
+    return context
+
+
+class Processes:
+    """A pool of processes on this machine.
+
+    Args:
+        function: runs one task.
+        context: what every task shares.
+        workers: processes at a time, at least 1.
+        threads: CPU threads of each.
+    """
+
+    def __init__(self, function: Function, context: Json, workers: int, threads: int) -> None:
+        self._arguments = (name_of(function), json.dumps(context), threads)
+        self._workers = workers
+        self._idle: list[tuple[Any, Connection]] = []
+        self._busy: dict[Connection, tuple[Any, Json]] = {}
+
+    def free(self) -> int:
+        """How many tasks could start at once."""
+        return self._workers - len(self._busy)
+
+    def submit(self, task: Json) -> None:
+        """Start a task on a free place."""
+        process, pipe = self._idle.pop() if self._idle else self._start()
+        self._busy[pipe] = (process, task)
+        with contextlib.suppress(OSError):  # died while idle: `next` finds its pipe closed and says so
+            pipe.send_bytes(json.dumps(task).encode())
+
+    def _start(self) -> tuple[Any, Connection]:
+        processes = _processes()
+        ours, theirs = processes.Pipe()
+        process = processes.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+        with _threads_in_environment(self._arguments[2]):
+            process.start()
+        theirs.close()
+        return process, ours
+
+    def next(self) -> tuple[Json, Json | None]:
+        """Wait for the next finished task: (task, row), or (task, None) where its process died."""
+        pipe = wait(list(self._busy))[0]
+        assert isinstance(pipe, Connection)
+        process, task = self._busy.pop(pipe)
+        try:
+            row = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            process.join()
+            pipe.close()
+            return task, None
+        self._idle.append((process, pipe))
+        return task, row
+
+    def close(self) -> None:
+        """Stop everything, finished or not."""
+        everything = [*self._idle, *((process, pipe) for pipe, (process, _) in self._busy.items())]
+        self._idle, self._busy = [], {}
+        for process, pipe in everything:
+            process.terminate()
+            pipe.close()
+        for process, _ in everything:
+            process.join()
+
+
+@contextlib.contextmanager
+def _threads_in_environment(threads: int) -> Iterator[None]:
+    """Libraries that read their number of threads when they are loaded find ours, in the process that starts now."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def alone(function: Function, context: Json, task: Json, threads: int) -> Json | None:
+    """One task in a fresh process of its own; None where it died."""
+    pool = Processes(function, context, 1, threads)
+    try:
+        pool.submit(task)
+        return pool.next()[1]
+    finally:
+        pool.close()
+
+
+class Ray:
+    """A pool on a Ray cluster; every node needs weft, the model and the data at the same paths.
+
+    Args:
+        address: of the cluster, "auto" for the one that this machine belongs to, "local" to start one here.
+    """
+
+    def __init__(self, address: str, function: Function, context: Json, threads: int) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError("--ray needs the extra `weft[ray]`: pip install 'weft[ray]'") from error
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+                raise WeftError(f"no Ray cluster answers at --ray {address!r}: {reason}") from error
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self._places = max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1) / (1 if gpus else threads)))
+        self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_once)
+        self._arguments = (name_of(function), json.dumps(context), threads)
+        self._busy: dict[Any, Json] = {}
+
+    def free(self) -> int:
+        """How many tasks could start at once."""
+        return self._places - len(self._busy)
+
+    def submit(self, task: Json) -> None:
+        """Start a task on a free place."""
+        self._busy[self._remote.remote(*self._arguments, json.dumps(task))] = task
+
+    def next(self) -> tuple[Json, Json | None]:
+        """Wait for the next finished task: (task, row), or (task, None) where its process died."""
+        (finished,), _ = self._ray.wait(list(self._busy), num_returns=1)
+        task = self._busy.pop(finished)
+        try:
+            return task, json.loads(self._ray.get(finished))
+        except self._ray.exceptions.RayError:
+            return task, None
+
+    def close(self) -> None:
+        """Stop everything, finished or not."""
+        for running in self._busy:
+            self._ray.cancel(running, force=True)
+        self._busy = {}
+        if self._started:
+            self._ray.shutdown()
+
+
+def _once(function: str, context: str, threads: int, task: str) -> str:
+    """One task in a Ray worker."""
+    _settle(threads)
+    return json.dumps(_find(function)(json.loads(context), json.loads(task)))

@@ -1,0 +1,63 @@
+"""Steps and memory seen from outside a training loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weft.run.measure import Measurement, measuring, restart_peak
+
+
+def _train(steps: int, size: int = 8) -> None:
+    weight = torch.nn.Parameter(torch.ones(size))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    second = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    for _ in range(steps):
+        (weight**2).sum().backward()
+        optimizer.step()
+        second.step()
+        optimizer.zero_grad()
+
+
+def test_every_step_of_the_first_optimiser_is_seen():
+    with measuring() as seen:
+        _train(5)
+    assert len(seen.moments) == 5 and seen.step_seconds is not None and seen.step_seconds > 0
+    _train(3)
+    assert len(seen.moments) == 5  # the hook is gone
+
+
+def test_median_leaves_the_first_steps_out():
+    assert Measurement([0.0, 9.0, 13.0, 14.0, 15.0, 16.5]).step_seconds == 1.0
+    assert Measurement([0.0, 9.0, 13.0]).step_seconds == 6.5
+    assert Measurement([1.0]).step_seconds is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="resident memory is measured without a GPU only")
+def test_peak_memory_counts_what_training_holds():
+    """64 MB of parameters and as many of gradients, above what the process held; and only until the last step."""
+    size = 16 * 2**20
+    with measuring() as small:
+        _train(2)
+    with measuring() as large:
+        _train(2, size)
+        torch.ones(8 * size)  # after the last step: not training
+    assert small.peak_bytes is not None and large.peak_bytes is not None
+    assert 2 * 4 * size < large.peak_bytes - small.peak_bytes < 8 * 4 * size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="resident memory is measured without a GPU only")
+def test_what_came_before_a_restart_does_not_count():
+    with measuring() as seen:
+        torch.ones(64 * 2**20)
+        restart_peak()
+        _train(2)
+    if not _linux():
+        pytest.skip("the peak can be set back on Linux only")
+    assert seen.peak_bytes is not None and seen.peak_bytes < 64 * 2**20
+
+
+def _linux() -> bool:
+    import sys
+
+    return sys.platform == "linux"
