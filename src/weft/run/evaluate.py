@@ -1,0 +1,139 @@
+"""How well a model does on tokenised rows: nats a token and perplexity, or accuracy; each document's share kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weft.run.data import IGNORED, collate
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from torch import nn
+
+
+def evaluate(
+    model: nn.Module, dataset: Dataset, task: str, batch_size: int, *, pad_token_id: int = 0, bf16: bool = False
+) -> dict[str, Any]:
+    """Metrics of a model on one split; every process computes all of them.
+
+    Returns:
+        For a language model `loss` (nats a token over all tokens that carry loss), `perplexity`, `tokens` and
+        `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
+        `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. Less is better in both, and a
+        document's two numbers add up over documents.
+    """
+    return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
+
+
+def measure_rows(
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    rows: Sequence[int],
+    pad_token_id: int = 0,
+    bf16: bool = False,
+) -> list[tuple[int, int, float, int, int]]:
+    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1)."""
+    import torch
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    lengths = dataset.with_format(None)["input_ids"]
+    by_length = sorted(rows, key=lambda row: (len(lengths[row]), row))  # little padding, the same batches every time
+    measured = []
+    try:
+        with torch.inference_mode(), _autocast(device, bf16):
+            for batch in _batches(dataset, by_length, batch_size):
+                tensors = {name: value.to(device) for name, value in collate(batch, pad_token_id).items()}
+                labels = tensors.pop("labels")
+                logits = model(**tensors).logits
+                documents = [row["document"] for row in batch]
+                indices = by_length[len(measured) : len(measured) + len(batch)]
+                measured += _measure(indices, documents, logits, labels)
+    finally:
+        model.train(was_training)
+    return sorted(measured)
+
+
+def _batches(dataset: Dataset, rows: list[int], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(rows), batch_size):
+        yield [dataset[row] for row in rows[start : start + batch_size]]
+
+
+def _autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def _measure(
+    rows: Sequence[int], documents: list[int], logits: torch.Tensor, labels: torch.Tensor
+) -> list[tuple[int, int, float, int, int]]:
+    from torch.nn.functional import cross_entropy
+
+    if labels.dim() == 1:  # classes: logits (rows, classes), labels (rows,)
+        nats = cross_entropy(logits.float(), labels, reduction="none").tolist()
+        predicted = logits.argmax(-1).tolist()
+        return list(zip(rows, documents, nats, predicted, labels.tolist(), strict=True))
+    targets = labels[:, 1:]  # logits (rows, tokens, vocabulary)
+    nats = cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    ).double()
+    counts = (targets != IGNORED).sum(1).tolist()
+    return list(zip(rows, documents, nats.sum(1).tolist(), counts, [-1] * len(rows), strict=True))
+
+
+def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> dict[str, Any]:
+    """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
+    if not measured:
+        return {}
+    if task == "classification":
+        pairs = [(predicted, true) for _, _, _, predicted, true in measured]
+        wrong = [int(predicted != true) for predicted, true in pairs]
+        return {
+            "loss": math.fsum(nats for _, _, nats, _, _ in measured) / len(measured),
+            "accuracy": 1 - sum(wrong) / len(wrong),
+            "matthews": matthews(pairs),
+            "rows": len(measured),
+            "per_document": [[error, 1] for error in wrong],
+        }
+    documents: dict[int, list[Any]] = {}
+    for _, document, nats, tokens, _ in measured:
+        entry = documents.setdefault(document, [0.0, 0])
+        entry[0] += nats
+        entry[1] += tokens
+    per_document = [documents[number] for number in sorted(documents)]
+    if len(per_document) == 1:  # one long text: its windows are the units that a bootstrap can draw
+        per_document = [[nats, tokens] for _, _, nats, tokens, _ in measured]
+    tokens = sum(count for _, count in per_document)
+    loss = math.fsum(nats for nats, _ in per_document) / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": tokens,
+        "per_document": per_document,
+    }
+
+
+def matthews(pairs: list[tuple[int, int]]) -> float:
+    """Matthews correlation of (predicted, true) classes, for any number of classes; 0 where it is undefined.
+
+    >>> matthews([(0, 0), (1, 1), (1, 1), (0, 0)])
+    1.0
+    """
+    total = len(pairs)
+    correct = sum(predicted == true for predicted, true in pairs)
+    classes = {value for pair in pairs for value in pair}
+    predictions = {label: sum(predicted == label for predicted, _ in pairs) for label in classes}
+    truths = {label: sum(true == label for _, true in pairs) for label in classes}
+    covariance = correct * total - sum(predictions[label] * truths[label] for label in classes)
+    spread = math.sqrt(
+        (total**2 - sum(count**2 for count in predictions.values()))
+        * (total**2 - sum(count**2 for count in truths.values()))
+    )
+    return covariance / spread if spread else 0.0

@@ -1,0 +1,361 @@
+"""Methods by name: weft's own, PEFT's own (`peft:lora`), and the references `base`, `head` and `full`.
+
+`resolve` checks a name and its options without loading any model; `attach` puts the method on a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from weft import registry
+from weft.errors import UsageError, WeftError, nearest
+from weft.run import options as _options
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+REFERENCES = ("base", "head", "full")
+
+# What PEFT offers under one config class by setting a field.
+_PEFT_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("LORA", {"use_dora": True}),
+    "rslora": ("LORA", {"use_rslora": True}),
+    "pissa": ("LORA", {"init_lora_weights": "pissa"}),
+    "olora": ("LORA", {"init_lora_weights": "olora"}),
+}
+
+# The field that sets the number of trainable parameters, where it is not `r`.
+_PEFT_KNOBS = {
+    "ADALORA": "target_r",
+    "BOFT": "boft_block_size",
+    "C3A": "block_size",
+    "FOURIERFT": "n_frequency",
+    "OFT": "oft_block_size",
+    "WAVEFT": "n_frequency",
+}
+
+# Learning rates that the papers or their code use for AdamW; methods that are not named here take LoRA's.
+_PEFT_LEARNING_RATES = {
+    "ADALORA": 1e-3,
+    "C3A": 1e-1,
+    "FOURIERFT": 3e-2,
+    "IA3": 3e-3,
+    "VBLORA": 1e-3,
+    "VERA": 4e-3,
+    "WAVEFT": 2e-2,
+}
+_LORA_LEARNING_RATE = 3e-4
+_REFERENCE_LEARNING_RATES = {"base": 0.0, "head": 1e-3, "full": 2e-5}
+_COMMON_RECIPE = {"weight_decay": 0.0, "warmup_ratio": 0.05, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
+
+# Fields of PEFT's configs that describe a saved adapter or the machine, not a choice of the user.
+_INTERNAL = frozenset(
+    (
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config", "megatron_config", "megatron_core", "total_step"),
+    )
+)
+
+# Configs in which `r` is the rank of a factorisation of each weight, so that it cannot exceed the weight's sides.
+_RANK_FIELDS = {"LORA": "r", "ADALORA": "init_r", "HRA": "r", "DELORA": "r", "PSOFT": "r"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method with its options settled.
+
+    Attributes:
+        name: as the user wrote it: "sora", "peft:lora", "base", "head", "full".
+        config: the PEFT config; None for the references.
+        recipe: the method's own training recipe, keys of TrainingArguments.
+        knob: the config field that sets the number of trainable parameters; None where there is none.
+        options: what the user set, by field name.
+    """
+
+    name: str
+    config: PeftConfig | None
+    recipe: dict[str, Any]
+    knob: str | None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _peft_kinds() -> dict[str, tuple[str, dict[str, Any]]]:
+    """PEFT's own methods that change layers: name after `peft:` → (PEFT type, fields that make the variant)."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import PeftType
+
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {}
+    for kind in PeftType:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+        changes_layers = isinstance(tuner, type) and issubclass(tuner, BaseTuner)
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+        if kind.value.startswith("WEFT_") or not changes_layers or config_class is None:
+            continue
+        if any(field.name == "target_modules" for field in dataclasses.fields(config_class)):
+            kinds[kind.value.lower()] = (kind.value, {})
+    return kinds | _PEFT_VARIANTS
+
+
+def names() -> list[str]:
+    """Every name that `resolve` takes."""
+    return sorted(registry.cards("adapters")) + [f"peft:{name}" for name in sorted(_peft_kinds())] + list(REFERENCES)
+
+
+@functools.cache
+def _config_class(name: str) -> type | None:
+    """The config class behind a name; None for the references. Raises UsageError that suggests the nearest name."""
+    if name in REFERENCES:
+        return None
+    if name.startswith("peft:"):
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import PeftType
+
+        kinds = _peft_kinds()
+        kind = name.removeprefix("peft:")
+        if kind not in kinds:
+            raise UsageError(f"unknown PEFT method {name!r}: {nearest(kind, kinds)}")
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kinds[kind][0])]
+    known = registry.cards("adapters")
+    if name not in known:
+        elsewhere = registry.cards()
+        if name in elsewhere:
+            raise UsageError(f"{name!r} is a method of {elsewhere[name].pillar}, not an adapter: {nearest('', known)}")
+        raise UsageError(
+            f"unknown method {name!r}: {nearest(name, [*known, 'peft:lora', *REFERENCES])} "
+            "(PEFT's own are called peft:lora, peft:dora, peft:vera, ...)"
+        )
+    import weft  # noqa: F401 — makes the adapters known to PEFT
+
+    return registry.config_class(name)
+
+
+def method_options(name: str) -> list[_options.Option]:
+    """The options of a method, in the order of its config's fields. Raises UsageError for an unknown name."""
+    config_class = _config_class(name)
+    if config_class is None:
+        return []
+    hidden = set(_INTERNAL)
+    if name.startswith("peft:"):
+        hidden |= set(_peft_kinds()[name.removeprefix("peft:")][1])
+    return _options.from_config(config_class, frozenset(hidden))
+
+
+def resolve(name: str, options: dict[str, Any] | None = None) -> Method:
+    """The method called `name` with the given options, all checked; no model is loaded.
+
+    Target modules that are not given are every linear layer but the head (PEFT's "all-linear").
+    Raises UsageError for an unknown method or option, a wrong type, or a value that the method refuses.
+    """
+    config_class = _config_class(name)
+    given = _options.check(name, method_options(name), dict(options or {}))
+    if config_class is None:
+        learning_rate = _REFERENCE_LEARNING_RATES[name]
+        return Method(name, None, {"learning_rate": learning_rate, **_COMMON_RECIPE}, None, {})
+    fields = dict(given)
+    if name.startswith("peft:"):
+        kind, variant = _peft_kinds()[name.removeprefix("peft:")]
+        recipe = {"learning_rate": _PEFT_LEARNING_RATES.get(kind, _LORA_LEARNING_RATE), **_COMMON_RECIPE}
+        known = {field.name for field in dataclasses.fields(config_class)}
+        knob: str | None = _PEFT_KNOBS.get(kind, "r")
+        knob = knob if knob in known else None
+        fields |= variant
+        if kind == "ADALORA":
+            fields["total_step"] = 1  # the real number is known, and set, when the run starts
+    else:
+        card = registry.card(name)
+        recipe, knob = {"learning_rate": _LORA_LEARNING_RATE, **_COMMON_RECIPE, **card.recipe}, card.knob
+    targets = ("target_modules", "target_parameters")
+    if not any(fields.get(field) for field in targets) and kind_takes_linear_targets(config_class):
+        fields["target_modules"] = "all-linear"
+    try:
+        config = config_class(**fields)
+    except UsageError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"{name}: {_one_sentence(error)}") from error
+    _check_positive_rank(name, config)
+    return Method(name, config, recipe, knob, given)
+
+
+def kind_takes_linear_targets(config_class: type) -> bool:
+    """Whether "all-linear" makes sense for the config: not for methods that act on norms or on embeddings."""
+    return config_class.__name__ not in ("LNTuningConfig", "TrainableTokensConfig", "BeftConfig")
+
+
+def _check_positive_rank(name: str, config: PeftConfig) -> None:
+    field = "init_r" if hasattr(config, "init_r") else "r"
+    rank = getattr(config, field, None)
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank <= 0 and not name.startswith("peft:oft"):
+        raise UsageError(f"{name}: {field} must be at least 1, not {rank}")
+
+
+def _one_sentence(error: BaseException) -> str:
+    """The first sentence of someone else's error message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of a transformers model, from its class; None where PEFT's plain wrapper serves."""
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
+
+
+def config_for(method: Method, model: nn.Module) -> PeftConfig:
+    """A copy of the method's config that fits the model's task, ready to be attached."""
+    config = copy.deepcopy(method.config)
+    if config is None:
+        raise WeftError(f"{method.name} has no adapter to configure")
+    config.task_type = task_type(model)
+    return config
+
+
+def check_fits(method: Method, model: nn.Module) -> list[str]:
+    """The names of the modules that the method will change; works on a model without weights.
+
+    Raises UsageError where nothing matches (listing what there is) or a rank exceeds a matched weight's shorter side.
+    """
+    if method.config is None:
+        return []
+    import torch
+
+    config = method.config
+    modules = {name: module for name, module in model.named_modules() if name}
+    if getattr(config, "target_parameters", None) and not config.target_modules:
+        return list(config.target_parameters)
+    matched = matched_modules(method, model)
+    if not matched:
+        kinds = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in modules.items()
+                if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() >= 2
+            }
+        )
+        raise UsageError(
+            f"target_modules {_shown(config.target_modules)} match nothing in {type(model).__name__}: "
+            f"there are {', '.join(kinds)}"
+        )
+    field = _RANK_FIELDS.get(str(getattr(config.peft_type, "value", config.peft_type)))
+    if field is not None:
+        for name in matched:
+            weight = getattr(modules[name], "weight", None)
+            if weight is None or weight.dim() < 2:
+                continue
+            side = min(weight.shape[0], weight[0].numel())
+            rank = _rank_of(config, name, field)
+            if rank > side:
+                raise UsageError(
+                    f"{method.name}: {field}={rank} is larger than the shorter side {side} of {name} "
+                    f"({' x '.join(map(str, weight.shape))}); use at most {side}"
+                )
+    return matched
+
+
+def _rank_of(config: PeftConfig, name: str, field: str) -> int:
+    """The rank that a module gets: PEFT's rank_pattern holds name endings or regular expressions."""
+    for pattern, rank in (getattr(config, "rank_pattern", None) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return getattr(config, field)
+
+
+def _shown(targets: Any) -> str:
+    return repr(sorted(targets)) if isinstance(targets, (set, list, tuple)) else repr(targets)
+
+
+def matched_modules(method: Method, model: nn.Module) -> list[str]:
+    """The names of the modules that `target_modules` selects, in the model's order; PEFT's own rules."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    config = config_for(method, model)
+    config = _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is None:
+        return []
+    if isinstance(config.target_modules, list):
+        config.target_modules = set(config.target_modules)
+    names = [name for name, _ in model.named_modules() if name]
+    heads = ("score", "classifier") if config.task_type == "SEQ_CLS" else ()
+    return [
+        name
+        for name in names
+        if check_target_module_exists(config, name) and not any(part in heads for part in name.split("."))
+    ]
+
+
+def attach(method: Method, model: nn.Module, batches: Iterable[dict[str, Any]] | None = None) -> nn.Module:
+    """The model with the method on it, ready to train; the given model is changed in place.
+
+    Args:
+        batches: training batches on the model's device, for methods whose card says that they need some.
+    """
+    import weft
+
+    if method.name == "base":
+        return model.requires_grad_(False)
+    if method.name == "full":
+        return model.requires_grad_(True)
+    if method.name == "head":
+        return _train_head_only(model)
+    from peft import get_peft_model
+
+    check_fits(method, model)
+    config = config_for(method, model)
+    try:
+        if not method.name.startswith("peft:"):
+            needs = registry.card(method.name).needs
+            weft.prepare(model, config, **({"batches": batches} if "batches" in needs else {}))
+        return get_peft_model(model, config)
+    except WeftError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"{method.name}: {_one_sentence(error)}") from error
+
+
+def _train_head_only(model: nn.Module) -> nn.Module:
+    """Freeze all but the output head; a head tied to the input embedding gets a copy of its own first."""
+    import torch
+
+    model.requires_grad_(False)
+    head = _head(model)
+    embedding = model.get_input_embeddings()
+    if getattr(head, "weight", None) is getattr(embedding, "weight", None):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    head.requires_grad_(True)
+    return model
+
+
+def _head(model: nn.Module) -> nn.Module:
+    for name in ("score", "classifier"):
+        if hasattr(model, name):
+            return getattr(model, name)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UsageError(f"{type(model).__name__} has no output head, so method 'head' cannot train it")
+    return head
+
+
+def count_trainable(method: Method, model_skeleton: nn.Module) -> int:
+    """How many parameters the method trains; the model may lie on the meta device and stays as it was."""
+    from peft import get_peft_model
+
+    model = copy.deepcopy(model_skeleton)
+    if method.config is None:
+        attach(method, model)
+    else:
+        config = config_for(method, model)
+        if isinstance(getattr(config, "init_lora_weights", None), str):
+            config.init_lora_weights = True  # initialisations that factorise the weight do not change the count
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    unique = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+    return sum(parameter.numel() for parameter in unique.values())

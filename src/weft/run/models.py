@@ -1,0 +1,146 @@
+"""Base models by name: a hub id, a folder, or `builtin:pycode`; with their weights, or only their shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from weft.errors import UsageError, WeftError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Task = Literal["causal-lm", "classification"]
+TASKS: tuple[Task, ...] = ("causal-lm", "classification")
+
+
+@dataclass
+class Base:
+    """A base model before anything is attached; `model` is on the meta device if it was asked for without weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    task: Task = "causal-lm"
+
+
+def locate(spec: str) -> str:
+    """What `from_pretrained` takes for a model given by the user. Raises UsageError for a folder that is no model."""
+    if spec.startswith("builtin:"):
+        from weft import builtin
+
+        try:
+            return str(builtin.model_path(spec.removeprefix("builtin:")))
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            raise UsageError(f"unknown built-in model {spec!r}: there is builtin:pycode") from error
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UsageError(f"{spec} is a folder without config.json, so it is not a saved model")
+        return str(path)
+    if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise UsageError(f"model {spec!r} is neither a folder with a saved model nor the name of one on the hub")
+    return spec
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, able to pad."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(spec))
+    except (OSError, ValueError, KeyError) as error:
+        raise WeftError(f"cannot load the tokenizer of {spec!r}: {_reason(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_base(
+    spec: str,
+    task: Task,
+    *,
+    dtype: torch.dtype | None = None,
+    num_labels: int | None = None,
+    labels: list[str] | None = None,
+    weights: bool = True,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Base:
+    """Load a base model for a task.
+
+    Args:
+        dtype: the weights' dtype; float32 by default.
+        labels: the names of the classes, for classification; `num_labels` where they have no names.
+        weights: False builds the model on the meta device from its config alone: shapes, no numbers.
+        seed: draws the new classification head, so that equal seeds give equal models.
+        tokenizer: where it is loaded already.
+
+    Raises UsageError for a name that is no model, WeftError for files that cannot be read.
+    """
+    import torch
+    import transformers
+
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
+    path = locate(spec)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
+    config = _load_config(spec, path, num_labels, labels)
+    if task == "classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    auto = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
+        raise UsageError(f"{spec!r} is a {config.model_type} model, which transformers has no {task} class for")
+    dtype = dtype or torch.float32
+    if not weights:
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=True):
+            model = auto.from_config(config, dtype=dtype)
+        model.tie_weights()
+        return Base(model, tokenizer, spec, task)
+    check_safetensors(Path(path))
+    torch.manual_seed(seed)
+    try:
+        model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeftError(f"cannot load the weights of {spec!r}: {_reason(error)}") from error
+    return Base(model, tokenizer, spec, task)
+
+
+def _load_config(spec: str, path: str, num_labels: int | None, labels: list[str] | None) -> Any:
+    from transformers import AutoConfig
+
+    extra: dict[str, Any] = {}
+    if labels:
+        extra = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    elif num_labels is not None:
+        extra = {"num_labels": num_labels}
+    try:
+        return AutoConfig.from_pretrained(path, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"model {spec!r} is not on this disk and cannot be had from the hub: {_reason(error)}"
+        ) from error
+
+
+def check_safetensors(folder: Path) -> None:
+    """Open the header of every safetensors file in a folder. Raises WeftError that names a truncated or damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise WeftError(
+                f"{file} is truncated or damaged ({file.stat().st_size} bytes: {_reason(error)}); fetch it again"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error of transformers or the hub, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")

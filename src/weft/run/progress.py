@@ -1,0 +1,90 @@
+"""What a user sees while training: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as _Bar
+
+_LINES = 20  # where there is no terminal, about this many lines a run
+
+
+class Progress:
+    """Loss, tokens a second, memory and time left, on standard output."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stdout, soft_wrap=True)
+        self.bar: _Bar | None = None
+        self.tokens = 0
+        self.started = time.perf_counter()
+        self.first_step = self.total = self.step = 0
+
+    def start(self, step: int, total: int) -> None:
+        self.started, self.first_step, self.step, self.total = time.perf_counter(), step, step, total
+        if self.console.is_terminal:
+            self.bar = _Bar(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=total, completed=step, text="")
+
+    def count(self, tokens: int) -> None:
+        """Tokens of a batch that was drawn."""
+        self.tokens += tokens
+
+    def measures(self) -> dict[str, Any]:
+        """Tokens a second since the start of this process, and memory in bytes."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return {"tokens_per_second": round(self.tokens / seconds, 1), "memory_bytes": memory_bytes()}
+
+    def advance(self, step: int, loss: float | None) -> None:
+        self.step = step
+        every = max(1, self.total // _LINES)
+        if self.bar is None and step % every and step != self.total:
+            return
+        now = self.measures()
+        text = f"loss {loss:.4f}" if loss is not None else ""
+        text += f"  {now['tokens_per_second']:,.0f} tokens/s  {now['memory_bytes'] / 2**20:,.0f} MiB"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+            return
+        done = max(step - self.first_step, 1)
+        left = (time.perf_counter() - self.started) / done * (self.total - step)
+        self.console.print(f"step {step}/{self.total}  {text}  {left:,.0f} s left", highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def memory_bytes() -> int:
+    """Memory in use: the peak on an accelerator, else what this process holds now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        import resource
+
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,382 @@
+"""Raw rows from wherever the user's data lies: files, folders, the hub, or the built-in texts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.errors import UsageError, WeftError, nearest
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SPLITS = ("train", "validation", "test")
+
+# Words in a file's name that say which split it holds.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "heldout", "held_out"),
+}
+# Fewer texts than this are split inside each text, not between texts.
+_FEW_TEXTS = 20
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Rows:
+    """The rows of each split as the user wrote them; `held_out` says how a missing split was made."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    kind: str
+    held_out: list[str] = field(default_factory=list)
+    labels: list[str] | None = None
+
+    @property
+    def task(self) -> str:
+        """The task that the columns speak of."""
+        return "classification" if self.kind == "classification" else "causal-lm"
+
+
+def read(
+    spec: str,
+    task: str = "auto",
+    *,
+    columns: dict[str, str] | None = None,
+    validation: str | None = None,
+    test: str | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+) -> Rows:
+    """Read every row of a data source and settle what it is for.
+
+    Args:
+        spec: a file (.txt .jsonl .json .csv .tsv .parquet, each also .gz), a folder of them, a data set on the hub
+            ("name" or "name:configuration"), or "builtin:stdlib", "builtin:pydocs".
+        task: "causal-lm", "classification", or "auto": classification where there is a `label` column.
+        columns: our name → the source's name, for sources that call their columns otherwise.
+        validation, test: further sources that hold these splits.
+        validation_fraction, test_fraction: what is held out of train where a split is missing; 0 for none.
+        seed: draws the held-out rows.
+
+    Raises UsageError, in one sentence, for whatever cannot be read or is not usable.
+    """
+    splits = _split_rows(spec)
+    for name, other in (("validation", validation), ("test", test)):
+        if other is not None:
+            given = _split_rows(other)
+            splits[name] = given.get(name) or given.get("train") or next(iter(given.values()))
+    for name in SPLITS:
+        splits[name] = [_renamed(row, columns or {}) for row in splits.get(name, [])]
+    if not splits["train"]:
+        raise UsageError(f"data {spec!r} holds no rows to train on")
+    kind = _kind(spec, splits["train"][0], task)
+    for name in SPLITS:
+        splits[name] = [_checked(row, kind, f"{name} row {number}", spec) for number, row in enumerate(splits[name], 1)]
+        splits[name] = [row for row in splits[name] if row]
+    if not splits["train"]:
+        raise UsageError(f"data {spec!r} holds only empty texts")
+    rows = Rows(splits["train"], splits["validation"], splits["test"], kind)
+    for name, fraction in (("test", test_fraction), ("validation", validation_fraction)):
+        if not getattr(rows, name) and fraction > 0:
+            _hold_out(rows, name, fraction, seed, spec)
+    if kind == "classification":
+        _number_labels(rows, spec)
+    return rows
+
+
+# --- where rows come from ---------------------------------------------------------------------------------------------
+
+
+def _split_rows(spec: str) -> dict[str, list[Row]]:
+    if spec.startswith("builtin:"):
+        return _builtin_rows(spec.removeprefix("builtin:"))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _folder_rows(path)
+    if path.exists():
+        return {"train": read_file(path)}
+    if spec.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES:
+        raise UsageError(f"data file {spec!r} does not exist")
+    return _hub_rows(spec)
+
+
+def _builtin_rows(name: str) -> dict[str, list[Row]]:
+    from weft import builtin
+
+    try:
+        return {split: list(builtin.texts(name, split)) for split in SPLITS}
+    except UsageError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"unknown built-in data 'builtin:{name}': there are builtin:stdlib, builtin:pydocs") from error
+    except OSError as error:
+        raise WeftError(f"builtin:{name} cannot be read: {error}") from error
+
+
+def _folder_rows(folder: Path) -> dict[str, list[Row]]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    if not files:
+        raise UsageError(f"folder {str(folder)!r} holds no data file: there may be {', '.join(SUFFIXES)}, also .gz")
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        split = _split_of(file.relative_to(folder))
+        if split is not None:
+            named.setdefault(split, []).append(file)
+    chosen = named if "train" in named else {"train": files}
+    return {split: [row for file in paths for row in read_file(file)] for split, paths in chosen.items()}
+
+
+def _split_of(relative: Path) -> str | None:
+    """The split that a path speaks of: its words, from the file's name up to the folder's."""
+    for part in reversed(relative.parts):
+        words = part.lower().split(".", 1)[0].replace("-", "_").split("_")
+        for split, known in _SPLIT_WORDS.items():
+            if any(word in known for word in words):
+                return split
+    return None
+
+
+def _hub_rows(spec: str) -> dict[str, list[Row]]:
+    import datasets
+
+    name, _, configuration = spec.partition(":")
+    try:
+        found = datasets.load_dataset(name, configuration or None)
+    except Exception as error:  # the hub's client raises its own, the network's and the operating system's errors
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
+        raise UsageError(f"data {spec!r} is no file or folder here and cannot be had from the hub: {reason}") from error
+    splits: dict[str, list[Row]] = {}
+    for split in found:
+        ours = _split_of(Path(str(split)))
+        if ours is not None and ours not in splits:
+            splits[ours] = found[split].to_list()
+    if "train" not in splits:
+        raise UsageError(f"data {spec!r} has no train split: there are {', '.join(map(str, found))}")
+    return splits
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_file(path: Path) -> list[Row]:
+    """Every row of one file; a .txt is one row. Raises UsageError that names the file and, where it can, the line."""
+    suffix = _suffix(path)
+    if suffix not in SUFFIXES:
+        raise UsageError(f"data file {str(path)!r} is of no known kind: {nearest(suffix, SUFFIXES)}, also .gz")
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"data file {str(path)!r} cannot be read: {reason}") from error
+    if not content.strip():
+        raise UsageError(f"data file {str(path)!r} is empty")
+    if suffix == ".parquet":
+        return _parquet_rows(path, content)
+    text = _decoded(path, content)
+    if suffix == ".txt":
+        return [{"text": text}]
+    rows = list({".jsonl": _jsonl_rows, ".json": _json_rows}.get(suffix, _table_rows)(path, text))
+    if not rows:
+        raise UsageError(f"data file {str(path)!r} holds no rows")
+    return rows
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    if b"\0" in content[: 1 << 16]:
+        raise UsageError(f"data file {str(path)!r} is binary, not text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"data file {str(path)!r} is not UTF-8 text: bad byte at position {error.start}") from error
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"data file {str(path)!r}, line {number}, is not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"data file {str(path)!r}, line {number}, is not a JSON object")
+        yield row
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        yield from _jsonl_rows(path, text)
+        return
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"data file {str(path)!r} is not a list of JSON objects")
+    yield from rows
+
+
+def _table_rows(path: Path, text: str) -> Iterator[Row]:
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or ())
+                raise UsageError(f"data file {str(path)!r}, line {reader.line_num}, does not have {columns} columns")
+            yield dict(row)
+    except csv.Error as error:
+        raise UsageError(f"data file {str(path)!r}, line {reader.line_num}, is not a table: {error}") from error
+
+
+def _parquet_rows(path: Path, content: bytes) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise UsageError(f"data file {str(path)!r} is not readable as parquet: {reason}") from error
+
+
+# --- what rows hold ---------------------------------------------------------------------------------------------------
+
+
+def _renamed(row: Row, columns: dict[str, str]) -> Row:
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise UsageError(
+                f"the data has no column {theirs!r} to take {ours!r} from: {nearest(theirs, map(str, row))}"
+            )
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def _kind(spec: str, row: Row, task: str) -> str:
+    """What a row is: chat, completion, classification or text."""
+    labelled = "label" in row and ("text" in row or ("text1" in row and "text2" in row))
+    if task == "classification":
+        if not labelled:
+            raise UsageError(
+                f"data {spec!r} needs the columns text (or text1 and text2) and label to classify: it has "
+                f"{', '.join(map(str, row))}; name them with --columns text=...,label=..."
+            )
+        return "classification"
+    if "messages" in row:
+        return "chat"
+    if "prompt" in row and "completion" in row:
+        return "completion"
+    if task == "auto" and labelled:
+        return "classification"
+    if "text" in row:
+        return "text"
+    raise UsageError(
+        f"data {spec!r} has none of the columns text, prompt and completion, messages, or text and label: it has "
+        f"{', '.join(map(str, row))}; name them with --columns text=..."
+    )
+
+
+def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
+    """The columns that the kind uses; None for a row without any text."""
+    if kind == "chat":
+        return {"messages": _checked_messages(row.get("messages"), f"data {spec!r}, {where}")}
+    wanted = {
+        "text": ("text",),
+        "completion": ("prompt", "completion"),
+        "classification": ("text1", "text2", "label") if "text1" in row else ("text", "label"),
+    }[kind]
+    kept = {}
+    for column in wanted:
+        value = row.get(column)
+        if column == "label":
+            if value is None or isinstance(value, (dict, list)):
+                raise UsageError(f"data {spec!r}, {where}: label must be a word or a number, not {value!r}")
+        elif not isinstance(value, str):
+            raise UsageError(f"data {spec!r}, {where}: {column} must be text, not {value!r}")
+        kept[column] = value
+    if not any(kept[column].strip() for column in wanted if column != "label"):
+        return None
+    return kept
+
+
+def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f"{where}: messages must be a list of objects with role and content")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UsageError(f"{where}: each message needs a role, not {message!r}")
+        if not isinstance(message.get("content"), str):
+            raise UsageError(f"{where}: the content of a {message['role']} message must be text")
+    return messages
+
+
+def _number_labels(rows: Rows, spec: str) -> None:
+    """Turn labels into numbers 0, 1, ... in sorted order of their names (as numbers where all are)."""
+    named = {_label_name(row["label"]) for row in rows.train}
+    try:
+        names = sorted(named, key=int)
+    except ValueError:
+        names = sorted(named)
+    if len(names) < 2:
+        raise UsageError(f"data {spec!r} has only the label {names[0]!r} in train: nothing to tell apart")
+    numbers = {name: number for number, name in enumerate(names)}
+    for split in SPLITS:
+        for row in getattr(rows, split):
+            name = _label_name(row["label"])
+            if name not in numbers:
+                raise UsageError(f"data {spec!r}: label {name!r} of {split} never occurs in train")
+            row["label"] = numbers[name]
+    rows.labels = names
+
+
+def _label_name(label: Any) -> str:
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label)
+
+
+# --- splits that are not given ----------------------------------------------------------------------------------------
+
+
+def _hold_out(rows: Rows, name: str, fraction: float, seed: int, spec: str) -> None:
+    """Move a share of train to the split `name`: whole rows drawn by seed, or the ends of few long texts."""
+    if rows.kind == "text" and len(rows.train) < _FEW_TEXTS:
+        pieces = [_cut_text(row["text"], fraction) for row in rows.train]
+        rows.train = [{"text": head} for head, _ in pieces if head.strip()]
+        setattr(rows, name, [{"text": tail} for _, tail in pieces if tail.strip()])
+        rows.held_out.append(f"{name}: the last {fraction:.0%} of each of {len(pieces)} texts")
+    else:
+        count = min(max(1, round(fraction * len(rows.train))), len(rows.train) - 1)
+        drawn = set(random.Random(f"{seed}/{name}").sample(range(len(rows.train)), count))
+        setattr(rows, name, [row for index, row in enumerate(rows.train) if index in drawn])
+        rows.train = [row for index, row in enumerate(rows.train) if index not in drawn]
+        rows.held_out.append(f"{name}: {count} of {count + len(rows.train)} rows, drawn with seed {seed}")
+    if not rows.train or not getattr(rows, name):
+        raise UsageError(f"data {spec!r} is too little to hold out {fraction:.0%} for {name}")
+
+
+def _cut_text(text: str, fraction: float) -> tuple[str, str]:
+    """Head and tail of a text, cut at the end of a line where one is near."""
+    cut = round(len(text) * (1 - fraction))
+    line_end = text.rfind("\n", 0, cut)
+    if line_end > cut - len(text) * fraction / 2:
+        cut = line_end + 1
+    return text[:cut], text[cut:]
