@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -77,14 +77,4 @@ def memory_bytes() -> int:
     """Memory in use: the peak on an accelerator, else what this process holds now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return psutil.Process().memory_info().rss

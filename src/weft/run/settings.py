@@ -1,0 +1,120 @@
+"""How to train: the settings of a run, checked, and Trainer's own arguments made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weft.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from weft.run.methods import Method
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. What is None comes from the method's recipe.
+
+    Attributes:
+        max_steps: optimiser steps; None trains for `epochs` passes.
+        batch_size: rows a process and micro-batch.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        bf16: run in bfloat16 autocast.
+        eval_steps, save_steps: optimiser steps between two; 0 for never, None for a tenth of the run.
+        report_to: what HF's `report_to` takes: "none", "tensorboard", "wandb", ...
+    """
+
+    max_steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_ratio: float | None = None
+    max_grad_norm: float | None = None
+    lr_scheduler_type: str | None = None
+    seed: int = 0
+    bf16: bool = False
+    max_length: int = 512
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    logging_steps: int = 10
+    eval_batch_size: int | None = None
+    gradient_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "gradient_accumulation", "logging_steps", "epochs")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("max_steps", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} must not be below 0, not {value}")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise UsageError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        if self.max_length < 2:
+            raise UsageError(f"max_length must be at least 2 tokens, not {self.max_length}")
+        if self.lr_scheduler_type is not None:
+            from transformers import SchedulerType
+
+            known = [kind.value for kind in SchedulerType]
+            if self.lr_scheduler_type not in known:
+                raise UsageError(
+                    f"unknown lr_scheduler_type {self.lr_scheduler_type!r}: {nearest(self.lr_scheduler_type, known)}"
+                )
+
+    def with_recipe(self, method: Method) -> TrainSettings:
+        """The settings with every gap filled from the method's recipe."""
+        gaps = {
+            key: value
+            for key, value in method.recipe.items()
+            if key in {entry.name for entry in dataclasses.fields(self)} and getattr(self, key) is None
+        }
+        return dataclasses.replace(self, **gaps)
+
+
+def training_arguments(settings: TrainSettings, output: Path | None) -> TrainingArguments:
+    """Trainer's own arguments for settings without gaps; logging, saving and evaluation are ours."""
+    import torch
+    from transformers import TrainingArguments
+
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    recompute = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return TrainingArguments(
+        output_dir=str(output) if output else tempfile.gettempdir(),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_ratio or 0,
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.epochs,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        logging_nan_inf_filter=False,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **{recompute: settings.gradient_checkpointing},
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        log_level="error",
+    )
