@@ -1,0 +1,510 @@
+"""The one PEFT tuner and layer behind every adapter of weft, and their registration with PEFT."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weft.adapters import _sketch
+from weft.adapters._config import AdapterConfig, peft_type
+from weft.adapters._delta import Blocks, Delta, Experts, Site, leaves, named_leaves
+from weft.adapters._kinds import SUPPORTED, Embedding, Linear, TransposedLinear, kind_of, qkv_sizes
+from weft.errors import UsageError
+from weft.registry import card, cards, class_name
+
+logger = logging.getLogger("weft")
+FOLDABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Adapted(BaseTunerLayer):
+    """What a wrapped module and a wrapped expert parameter have in common: deltas by adapter, merging, switching."""
+
+    slug: str
+    base_layer: nn.Module
+    other_param_names = ("controllers",)
+
+    def _init_adapted(self, base_layer: nn.Module, module_name: str) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.controllers: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        self.merge_error = 0.0
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._originals: tuple[Tensor, Tensor | None] | None = None  # weight and bias before merging
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+
+    @property
+    def deltas(self) -> nn.ModuleDict:
+        """The adapters on this weight, by name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    def original(self) -> nn.Parameter:
+        """The wrapped parameter."""
+        raise NotImplementedError
+
+    def to_native(self, matrix: Tensor) -> Tensor:
+        """ΔW (… out × in) in the parameter's own layout."""
+        raise NotImplementedError
+
+    def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
+        """The delta (or deltas) for one adapter on this weight."""
+        raise NotImplementedError
+
+    def update_layer(self, adapter_name: str, config: AdapterConfig, model_config: Any) -> None:
+        if self.merged:
+            raise UsageError(f"{self.module_name} is merged; call unmerge_adapter() before adding an adapter")
+        if config.base_sketch is not None:
+            _sketch.check(self.module_name, self.original(), config.base_sketch)
+        delta = self.build(config, model_config)
+        if config.is_stored:
+            _await_tensors(delta)
+        self.deltas[adapter_name] = delta
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _active(self) -> list[Any]:
+        return [self.deltas[name] for name in self.active_adapters if name in self.deltas]
+
+    def _watch(self, deltas: Sequence[nn.Module]) -> None:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for entry in deltas:
+                for delta in leaves(entry):
+                    if delta.controller is not None:
+                        delta.controller.watch(delta)
+
+    # --- merging ------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the parameter's layout, float32 or wider; PEFT's LoRA conversion calls it."""
+        with torch.no_grad():
+            return self.to_native(self.deltas[adapter].delta())
+
+    def bias_parameter(self) -> nn.Parameter | None:
+        return getattr(self.get_base_layer(), "bias", None)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the adapters into the weight: one rounding of float32 W + ΣΔW, every ΔW from the original W."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deltas]
+        if not names:
+            return
+        weight, bias = self.original(), self.bias_parameter()
+        if self._originals is None:
+            self._originals = (weight.data, None if bias is None else bias.data)
+        w0, b0 = (None if t is None else t.to(weight.device) for t in self._originals)
+        assert w0 is not None
+        wide = torch.promote_types(w0.dtype, torch.float32)
+        total, shift = w0.to(wide), None
+        for name in [*self.merged_adapters, *names]:
+            total = total + self.get_delta_weight(name).to(wide)
+            moved = self.deltas[name].bias_delta() if hasattr(self.deltas[name], "bias_delta") else None
+            if moved is not None:
+                shift = moved if shift is None else shift + moved
+        merged = total.to(w0.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"merging would write NaN or infinity into {self.module_name}; adapter {names} is broken")
+        if shift is not None and b0 is None:
+            raise UsageError(f"{self.module_name} has no bias in the model's config, so Δbias cannot be merged into it")
+        self.merge_error = float((merged.to(wide) - total).norm() / total.norm().clamp_min(1e-30))
+        weight.data = merged
+        if shift is not None and bias is not None and b0 is not None:
+            bias.data = (b0.to(wide) + shift.to(wide)).to(b0.dtype)
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Put the original bits back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self._originals is not None
+        weight, bias = self.original(), self.bias_parameter()
+        w0, b0 = self._originals
+        weight.data = w0.to(weight.device)
+        if bias is not None and b0 is not None:
+            bias.data = b0.to(bias.device)
+        self._originals = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # tensors keep their declared dtype, so only the device follows the weight
+        device = device or self.original().device
+        if adapter_name in self.deltas and device.type != "meta":
+            if not any(p.is_meta for p in self.deltas[adapter_name].parameters()):
+                self.deltas[adapter_name].to(device)
+
+    def _refuse_mixed_batches(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(f"{self.slug} does not serve batches that mix adapters; run one batch an adapter")
+
+
+class AdaptedModule(nn.Module, _Adapted):
+    """A Linear, Conv1D, convolution or Embedding with its adapters."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self.kind = kind_of(base_layer, module_name)
+        self._init_adapted(base_layer, module_name)
+
+    def original(self) -> nn.Parameter:
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    def to_native(self, matrix: Tensor) -> Tensor:
+        return self.kind.native(matrix)
+
+    def _matrix(self) -> Tensor:
+        weight = self._originals[0] if self._originals is not None else self.original().data
+        return self.kind.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+    def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
+        if getattr(config, "dropout", 0) and isinstance(self.kind, Embedding):
+            raise UsageError(f"{self.module_name} is an Embedding: its input are indices, so dropout must be 0")
+        refused = card(self.slug).refuses.get(self.kind.name)
+        if refused:
+            raise UsageError(f"{self.slug} cannot adapt {self.module_name}, a {self.kind.name}: {refused}")
+        w = self.original()
+        shape = self.kind.matrix(w).shape
+        make = delta_class(self.slug)
+
+        def site(i: int | None, rows: slice) -> Site:
+            name = self.module_name if i is None else f"{self.module_name}#{i}"
+            out = len(range(*rows.indices(shape[0])))
+            return Site(name, self.kind, out, shape[1], lambda: self._matrix()[rows], w.device, config.is_stored, _stored_rank(config, name))
+
+        sizes = qkv_sizes(self.module_name, shape[0], model_config) if config.split_qkv and type(self.kind) in (Linear, TransposedLinear) else None
+        if sizes is None:
+            return make(config, site(None, slice(None)))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return Blocks([make(config, site(i, slice(a, a + n))) for i, (a, n) in enumerate(zip(starts, sizes))])
+
+    def _may_fold(self) -> bool:
+        base = self.base_layer
+        return (
+            type(base) in FOLDABLE
+            and self.original().dtype in (torch.float32, torch.float64)
+            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and not torch.is_autocast_enabled(self.original().device.type)
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._refuse_mixed_batches(kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        deltas = [] if self.disable_adapters or self.merged else self._active()
+        if not deltas:
+            return self.base_layer(x, *args, **kwargs)
+        self._watch(deltas)
+        if len(deltas) == 1 and self._may_fold() and deltas[0].folds(x):
+            base, delta = self.base_layer, deltas[0]
+            w = self.kind.matrix(base.weight) + delta.delta().to(base.weight.dtype)
+            bias, shift = base.bias, delta.bias_delta()
+            if shift is not None:
+                bias = shift if bias is None else bias + shift
+            return self.kind.dense(x, w, bias)
+        y = self.base_layer(x, *args, **kwargs)
+        for delta in deltas:
+            y = delta.add(y, x)
+        return y
+
+
+class ParamWrapper(nn.Module, _Adapted):
+    """A 3-D expert parameter (experts × a × b) with its adapters; PEFT recognises such wrappers by this class's name.
+
+    One dense ΔE is made a forward, and the wrapped module runs on W + ΔE.
+    """
+
+    def __init__(self, base_layer: nn.Module, module_name: str, parameter_name: str) -> None:
+        super().__init__()
+        self.parameter_name = parameter_name
+        self._init_adapted(base_layer, module_name)
+        shape = tuple(self.original().shape)
+        if len(shape) != 3:
+            raise UsageError(f"{module_name} has shape {shape}; target_parameters serves experts × a × b")
+        # transformers keeps experts × out × in, or experts × in × out where the module says is_transposed
+        self.transposed = bool(getattr(self.get_base_layer(), "is_transposed", False))
+
+    def original(self) -> nn.Parameter:
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def bias_parameter(self) -> None:
+        return None
+
+    def to_native(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.transposed else matrix
+
+    def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
+        refused = card(self.slug).refuses.get("3-D expert")
+        if refused:
+            raise UsageError(f"{self.slug} cannot adapt {self.module_name}, a 3-D expert: {refused}")
+        if getattr(config, "dropout", 0):
+            raise UsageError(f"{self.module_name} is a 3-D expert: ΔE is added to the weight, so dropout must be 0")
+        w = self.original()
+        count, out, in_ = self.to_native(w).shape
+        make = delta_class(self.slug)
+
+        def matrix(i: int) -> Tensor:
+            weight = (self._originals[0] if self._originals is not None else self.original().data)[i]
+            return self.to_native(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+        def site(i: int) -> Site:
+            name = f"{self.module_name}#{i}"
+            return Site(name, Linear(), out, in_, functools.partial(matrix, i), w.device, config.is_stored, _stored_rank(config, name))
+
+        return Experts([make(config, site(i)) for i in range(count)])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_mixed_batches(kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        deltas = [] if self.disable_adapters or self.merged else self._active()
+        if not deltas:
+            return self.base_layer(*args, **kwargs)
+        self._watch(deltas)
+        w = self.original()
+        moved = w + torch.stack([self.to_native(d.delta()) for d in deltas]).sum(0).to(w.dtype)
+        inner, path = self.base_layer, self.parameter_name
+        while hasattr(inner, "base_layer"):
+            inner, path = inner.base_layer, f"base_layer.{path}"
+        return torch.func.functional_call(self.base_layer, {path: moved}, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+
+def _stored_rank(config: AdapterConfig, name: str) -> int | None:
+    for key, r in config.rank_pattern.items():
+        if name == key or name.endswith(f".{key}"):
+            return r
+    return None
+
+
+def _await_tensors(delta: nn.Module) -> None:
+    """Fill what a file is to provide with NaN, so that a tensor that never came cannot pass unnoticed."""
+    kept = delta.state_dict(keep_vars=True).values()
+    for t in kept:
+        if t.is_floating_point() and not t.is_meta:
+            t.data.fill_(float("nan"))
+
+
+class AdapterModel(BaseTuner):
+    """The tuner: finds modules, wraps them, and gives each adapter its controller."""
+
+    slug: str
+    layer_cls: type[AdaptedModule]
+    wrapper_cls: type[ParamWrapper]
+    target_module_mapping: dict[str, list[str]] = {}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return check_target_module_exists(peft_config, key)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuse before any work what no module could serve."""
+        self._tied = _tied_weights(model)
+        targets = peft_config.target_modules
+        if targets == "all-linear" or (isinstance(targets, list) and not targets):
+            return
+        names = [n for n, _ in model.named_modules() if n and not re.search(rf"\.({self.prefix}delta|base_layer)(\.|$)", n)]
+        if targets is not None and not any(check_target_module_exists(peft_config, n) is True or _matched(peft_config, n) for n in names):
+            raise UsageError(f"target_modules={targets!r} matches nothing in {type(model).__name__}; there are: {', '.join(_suffixes(model))}")
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        model_config = getattr(self.model, "config", None)
+        if isinstance(target, self.layer_cls | self.wrapper_cls) and (
+            parameter_name is None or target.parameter_name == parameter_name  # type: ignore[union-attr]
+        ):
+            target.update_layer(adapter_name, peft_config, model_config)
+            return
+        if parameter_name is None:
+            tied = self._tied.get(id(getattr(target, "weight", None)))
+            if tied is not None:
+                others = " and ".join(n for n in tied if n != f"{current_key}.weight")
+                raise UsageError(
+                    f"{current_key} shares its weight with {others}, so an adapter on one would silently move the other: "
+                    "leave it out, or load the model with tie_word_embeddings=False"
+                )
+            layer: nn.Module = self.layer_cls(target, current_key)
+        else:
+            layer = self.wrapper_cls(target, current_key, parameter_name)
+        layer.train(target.training)
+        layer.update_layer(adapter_name, peft_config, model_config)  # type: ignore[operator]
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT's last call while attaching: every delta exists, so what they share can be made."""
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter_name, config in self.peft_config.items():
+            layers = [m for m in model.modules() if isinstance(m, self.layer_cls | self.wrapper_cls) and adapter_name in m.deltas]
+            if not layers or all(adapter_name in m.controllers for m in layers):
+                continue
+            deltas = [d for m in layers for d in leaves(m.deltas[adapter_name])]
+            type(deltas[0]).finish(config, deltas)
+            controller = deltas[0].controller_class()(config, deltas)
+            for m in layers:
+                m.controllers[adapter_name] = controller
+            for d in deltas:
+                d.controller = controller
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _layers(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+        for name, module in model.named_modules():
+            if isinstance(module, cls.layer_cls | cls.wrapper_cls) and adapter_name in module.deltas:
+                yield name, module
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+    ) -> dict[str, Tensor]:
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        released = config.release = {"rank_pattern": {}, "base_sketch": {}}
+        for name, layer in cls._layers(model, adapter_name):
+            original = layer._originals[0] if layer._originals is not None else layer.original()
+            released["base_sketch"][layer.module_name] = _sketch.sketch(original)
+            root = f"{name}.{cls.prefix}delta.{adapter_name}."
+            for i, (prefix, delta) in enumerate(named_leaves(layer.deltas[adapter_name]).items()):
+                own = {k.removeprefix(root + prefix): v for k, v in kept.items() if k.startswith(root + prefix)}
+                compacted, rank = delta.compact(own)
+                if rank is not None:
+                    released["rank_pattern"][layer.module_name + (f"#{i}" if prefix else "")] = rank
+                for k in own:
+                    del kept[root + prefix + k]
+                kept.update({root + prefix + k: v.contiguous() for k, v in compacted.items()})
+        return kept
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # blocks and experts nest their tensors one level deeper than PEFT expects
+        marker = f".{cls.prefix}delta.{adapter_name}."
+        if marker in key:
+            return key.replace(marker, f".{cls.prefix}delta.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        marker = f".{cls.prefix}delta."
+        wanted: set[str] = set()
+        for name, layer in cls._layers(model, adapter_name):
+            root = f"{name}{marker}{adapter_name}."
+            for prefix, delta in named_leaves(layer.deltas[adapter_name]).items():
+                expected = delta.state_dict()
+                wanted |= {root + prefix + k for k in expected}
+                own = {k: remapped[root + prefix + k] for k in expected if root + prefix + k in remapped}
+                if len(own) == len(expected) and any(own[k].shape != v.shape for k, v in expected.items()):
+                    remapped.update({root + prefix + k: v for k, v in delta.expand(own).items()})
+        missing = sorted(wanted - set(remapped))
+        unexpected = sorted(k for k in remapped if marker in k and k not in wanted)
+        if missing or unexpected:
+            what = f"misses {missing[0]}" if missing else f"has {unexpected[0]}, which the model has no place for"
+            more = len(missing) + len(unexpected) - 1
+            raise UsageError(f"the adapter's file {what}" + (f" (and {more} more)" if more else ""))
+        return remapped
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        super().merge_adapter(adapter_names, safe_merge)
+        report_merge(self.model)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layers = [m for m in self.model.modules() if isinstance(m, _Adapted)]
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge:
+            _log_merge(layers)
+        return model
+
+
+def report_merge(model: nn.Module) -> None:
+    _log_merge([m for m in model.modules() if isinstance(m, _Adapted)])
+
+
+def _log_merge(layers: Sequence[_Adapted]) -> None:
+    errors = [(m.merge_error, m.module_name) for m in layers if m.merged]
+    if errors:
+        worst, name = max(errors)
+        logger.warning("merged %d weights; the largest relative rounding error is %.1e (%s)", len(errors), worst, name)
+
+
+def _matched(config: Any, name: str) -> bool:
+    found = check_target_module_exists(config, name)
+    return found is not None and bool(found)
+
+
+def _suffixes(model: nn.Module) -> list[str]:
+    """Last names of modules that can be adapted, for error messages."""
+    names = set()
+    for name, module in model.named_modules():
+        try:
+            kind_of(module, name)
+        except UsageError:
+            continue
+        names.add(name.rpartition(".")[2])
+    return sorted(names) or [f"no module of a supported kind ({SUPPORTED})"]
+
+
+def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names of parameters that several modules share, by the parameter's id."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {key: found for key, found in names.items() if len(found) > 1}
+
+
+def delta_class(slug: str) -> Callable[[Any, Site], Delta]:
+    return getattr(importlib.import_module(f"weft.adapters.{slug}"), class_name(slug, "Delta"))
+
+
+def _make_classes(slug: str) -> type[AdapterModel]:
+    prefix = f"weft_{slug}_"
+    # transformers' load_adapter finds tensors only under an attribute that starts with the registered prefix
+    shared = {"slug": slug, "adapter_layer_names": (f"{prefix}delta",), "__module__": __name__}
+    layer = type(class_name(slug, "Layer"), (AdaptedModule,), shared)
+    wrapper = type("ParamWrapper", (ParamWrapper,), shared)
+    globals()[layer.__name__] = layer  # so that a whole model can be pickled by its owner
+    members = {"slug": slug, "prefix": prefix, "tuner_layer_cls": _Adapted, "layer_cls": layer, "wrapper_cls": wrapper}
+    return type(class_name(slug, "Model"), (AdapterModel,), {**members, "__module__": __name__})
+
+
+@functools.cache
+def register() -> None:
+    """Make every adapter a PEFT method under the name WEFT_<SLUG>."""
+    for slug in cards("adapters"):
+        peft_type(slug)
+        config = getattr(importlib.import_module(f"weft.adapters.{slug}"), class_name(slug, "Config"))
+        register_peft_method(name=f"weft_{slug}", config_cls=config, model_cls=_make_classes(slug), prefix=f"weft_{slug}_")
