@@ -161,6 +161,16 @@ class LowRankDelta(Delta):
         b, a = self.factors()
         return b @ a
 
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of rank ≤ `rank`: the best approximation of B·A, found through the thin factors alone."""
+        b, a = self.factors()
+        if b.shape[1] <= rank:
+            return b, a
+        qb, rb = torch.linalg.qr(b)
+        qa, ra = torch.linalg.qr(a.mT)
+        u, s, vh = torch.linalg.svd(rb @ ra.mT)
+        return qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.mT
+
     def forward(self, x: Tensor) -> Tensor:
         b, a = self.factors()
         if b.shape[1] == 0:

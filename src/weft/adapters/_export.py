@@ -1,0 +1,269 @@
+"""From an adapter of weft to files that other programs read: a plain LoRA, a merged model, or the adapter itself.
+
+A LoRA export has one `r` and `lora_alpha = r`; scales are folded into B, smaller ranks are padded with zeros, and modules of
+rank 0 are left out of an explicit list of targets, because vLLM reads neither `rank_pattern` nor `alpha_pattern`
+(`compact=True` uses both instead of padding). Factors that a method has are copied, never sent through an SVD.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.config import PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weft import builtin
+from weft.adapters._config import AdapterConfig
+from weft.adapters._delta import Delta, Experts, LowRankDelta, leaves
+from weft.adapters._kinds import Conv, Embedding
+from weft.adapters._plugin import ParamWrapper, _Adapted
+from weft.algebra.svd import svd_top
+from weft.errors import UsageError
+from weft.registry import card
+
+Factors = tuple[Tensor, Tensor]  # B (out × r), A (r × in), with ΔW = B·A
+
+
+def export(
+    adapter: str | Path | PeftModel,
+    out: str | Path,
+    to: Literal["lora", "merged", "adapter"],
+    *,
+    rank: int | None = None,
+    compact: bool = False,
+    model: str | None = None,
+) -> str:
+    """Write the adapter in another form and return a report of what the conversion cost.
+
+    Args:
+        adapter: a folder written by `save_pretrained`, or a live PeftModel.
+        out: a folder that does not exist yet; it appears whole or not at all.
+        to: "lora" (read by PEFT and vLLM without weft), "merged" (a plain model) or "adapter" (weft's own form).
+        rank: keep only this rank; exact for methods trained for it, else the best approximation, its error reported.
+        compact: for "lora", ranks and alphas per module instead of padding to the largest.
+        model: the base model, where the adapter's own record of it does not lead there.
+
+    Raises UsageError where the form cannot hold the adapter.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already; name a new folder")
+    if to not in ("lora", "merged", "adapter"):
+        raise UsageError(f"to={to!r}: use lora, merged or adapter")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank={rank}: a rank is at least 1")
+    if rank is not None and to == "adapter":
+        raise UsageError("--rank cuts an export to lora or merged; an adapter keeps the rank it was trained with")
+    live = adapter if isinstance(adapter, PeftModel) else load(adapter, model)
+    live.eval()
+    with _whole_folder(out) as folder:
+        if to == "lora":
+            report = _write_lora(live, folder, rank, compact)
+        elif to == "merged":
+            report = _write_merged(live, folder, rank)
+        else:
+            live.save_pretrained(str(folder), save_embedding_layers=False)
+            report = "the adapter in weft's own form; no conversion error"
+    return f"{out}: {report}"
+
+
+def load(adapter: str | Path, model: str | None = None) -> PeftModel:
+    """The adapter on its base model, in float32 unless the model's config says otherwise."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").exists():
+        raise UsageError(f"{folder} holds no adapter_config.json")
+    config = PeftConfig.from_pretrained(str(folder))
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise UsageError(f"{folder} does not name its base model; pass model=")
+    path = str(builtin.model_path(name)) if name.startswith("builtin:") else name
+    kwargs: dict[str, Any] = {"dtype": "auto"}
+    if config.task_type == "SEQ_CLS":
+        base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=_labels(folder), **kwargs)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _labels(folder: Path) -> int:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
+            if key.endswith(("score.weight", "classifier.weight", "out_proj.weight")):
+                return file.get_slice(key).get_shape()[0]
+    return 2
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name once everything is written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        os.replace(folder, out)
+        out.chmod(0o755)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, _Adapted]:
+    return {m.module_name: m for m in model.modules() if isinstance(m, _Adapted) and adapter in m.deltas}
+
+
+def _factors(delta: Delta, rank: int | None) -> Factors:
+    """B and A of one delta: its own where it has them; cut to `rank` by its own rule or by the best approximation."""
+    if isinstance(delta, LowRankDelta):
+        b, a = delta.factors() if rank is None else delta.truncated(rank)
+    else:
+        dense = delta.delta()
+        u, s, a = svd_top(dense, min(rank or min(dense.shape), *dense.shape))
+        b = u * s
+    return b.detach().float(), a.detach().float()
+
+
+@torch.no_grad()
+def _module_factors(layer: _Adapted, adapter: str, rank: int | None) -> list[Factors]:
+    """Factors of a layer: one pair, or one an expert. Blocks of a fused projection join into one pair, block-diagonal."""
+    entry = layer.deltas[adapter]
+    pairs = [_factors(d, rank) for d in leaves(entry)]
+    if isinstance(entry, Experts) or len(pairs) == 1:
+        return pairs
+    return [(torch.block_diag(*[b for b, _ in pairs]), torch.cat([a for _, a in pairs]))]
+
+
+def _relative_error(layer: _Adapted, adapter: str, pairs: list[Factors]) -> float:
+    """‖B·A − ΔW‖ / ‖ΔW‖ of a layer, in float64."""
+    with torch.no_grad():
+        dense = layer.deltas[adapter].delta().double()
+        made = torch.stack([b.double() @ a.double() for b, a in pairs]).view_as(dense)
+        return float((made - dense).norm() / dense.norm().clamp_min(1e-30))
+
+
+def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool) -> str:
+    adapter = model.active_adapters[0]
+    config = model.peft_config[adapter]
+    if not isinstance(config, AdapterConfig):
+        raise UsageError(f"{config.peft_type} is not one of weft's methods; PEFT's own convert_to_lora serves it")
+    method = card(config.slug())
+    if method.exports == "refused":
+        raise UsageError(f"{method.slug} has no plain LoRA form: {method.reasons.get('exports', method.limitations)}")
+    found: dict[str, list[Factors]] = {}
+    worst = 0.0
+    for name, layer in _layers(model, adapter).items():
+        kind = getattr(layer, "kind", None)
+        if isinstance(kind, Conv) and kind.groups > 1:
+            raise UsageError(f"{name} is a grouped convolution, which PEFT's LoRA factorises otherwise: export to merged")
+        if any(d.bias_delta() is not None for d in leaves(layer.deltas[adapter])):
+            raise UsageError(f"{method.slug} moves the bias of {name}, which a LoRA cannot hold: export to merged")
+        pairs = _module_factors(layer, adapter, rank)
+        worst = max(worst, _relative_error(layer, adapter, pairs))
+        if any(b.shape[1] for b, _ in pairs):
+            found[name] = pairs
+    if not found:
+        raise UsageError("every module has rank 0, so there is nothing to export; the base model is the result")
+    ranks = {name: max(b.shape[1] for b, _ in pairs) for name, pairs in found.items()}
+    r = max(ranks.values())
+    tensors: dict[str, Tensor] = {}
+    for name, pairs in found.items():
+        width = ranks[name] if compact else r
+        tensors.update(_lora_tensors(name, _layers(model, adapter)[name], [_padded(p, width) for p in pairs]))
+    marker = f"weft_{method.slug}_delta"
+    tensors.update({k: v.contiguous() for k, v in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items() if marker not in k})
+    _save_lora_config(folder, config, found, model, ranks if compact else {}, r)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    form = f"ranks {min(ranks.values())}..{r} in rank_pattern" if compact else f"r = lora_alpha = {r}"
+    return f"a plain LoRA of {len(found)} modules, {form}; largest relative error of a ΔW: {worst:.1e}"
+
+
+def _padded(pair: Factors, r: int) -> Factors:
+    b, a = pair
+    extra = r - b.shape[1]
+    return nn.functional.pad(b, (0, extra)), nn.functional.pad(a, (0, 0, 0, extra))
+
+
+def _lora_tensors(name: str, layer: _Adapted, pairs: list[Factors]) -> dict[str, Tensor]:
+    """The tensors under PEFT's names."""
+    if isinstance(layer, ParamWrapper):
+        module = name.rpartition(".")[0] if name.endswith(f".{layer.parameter_name}") else name
+        stacked_a = torch.cat([a for _, a in pairs])  # experts·r × in
+        stacked_b = torch.stack([b for b, _ in pairs], dim=-1).flatten(1)  # out × r·experts, experts innermost
+        root = f"base_model.model.{module}"
+        return {f"{root}.lora_A.weight": stacked_a, f"{root}.lora_B.weight": stacked_b}
+    b, a = pairs[0]
+    root, kind = f"base_model.model.{name}", layer.kind  # type: ignore[attr-defined]
+    if isinstance(kind, Embedding):
+        return {f"{root}.lora_embedding_A": a, f"{root}.lora_embedding_B": b}
+    if isinstance(kind, Conv):
+        return {f"{root}.lora_A.weight": kind.native(a), f"{root}.lora_B.weight": b.reshape(*b.shape, *[1] * len(kind.kernel))}
+    return {f"{root}.lora_A.weight": a, f"{root}.lora_B.weight": b}
+
+
+def _save_lora_config(
+    folder: Path, config: AdapterConfig, found: dict[str, Any], model: PeftModel, ranks: dict[str, int], r: int
+) -> None:
+    wrapped = {n for n, m in _layers(model, model.active_adapters[0]).items() if isinstance(m, ParamWrapper)}
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(set(found) - wrapped),
+        target_parameters=sorted(set(found) & wrapped) or None,
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        task_type=config.task_type,
+        modules_to_save=config.modules_to_save,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    lora.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=2, sort_keys=True))
+
+
+def _write_merged(model: PeftModel, folder: Path, rank: int | None) -> str:
+    adapter = model.active_adapters[0]
+    layers = list(_layers(model, adapter).values())
+    cost = 0.0
+    if rank is not None:
+        for layer in layers:
+            pairs = _module_factors(layer, adapter, rank)
+            cost = max(cost, _relative_error(layer, adapter, pairs))
+            with torch.no_grad():
+                made = torch.stack([b @ a for b, a in pairs])
+                weight = layer.original()
+                moved = layer.to_native(made if isinstance(layer, ParamWrapper) else made[0])
+                weight.data = (weight.data.float() + moved).to(weight.dtype)
+        merged: Any = model.unload()
+    else:
+        merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(str(folder))
+    rounding = max((layer.merge_error for layer in layers), default=0.0)
+    tokenizer = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
+    copied = _copy_tokenizer(tokenizer, folder)
+    cut = f"; cutting to rank {rank} cost a relative error of {cost:.1e}" if rank is not None else ""
+    return f"a plain model{copied}; largest relative rounding error of a merged weight: {rounding:.1e}{cut}"
+
+
+def _copy_tokenizer(name: str | None, folder: Path) -> str:
+    if not name:
+        return ""
+    source = builtin.model_path(name) if name.startswith("builtin:") else Path(name)
+    files = [f for f in source.glob("*") if f.name.startswith(("tokenizer", "special_tokens", "vocab", "merges"))] if source.is_dir() else []
+    for file in files:
+        shutil.copy(file, folder / file.name)
+    return " with its tokenizer" if files else ""
