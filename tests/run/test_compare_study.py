@@ -31,7 +31,7 @@ def _plan(methods=("a", "b"), **changes) -> Plan:
     study = Study("model", "data", tuple(methods), **{"seeds": 2, "references": ("base",), **changes})
     entries = [Entry("base", {}, {}, None, 0)]
     entries += [Entry(name, {}, {"learning_rate": 1e-3}, None, 100) for name in methods]
-    return Plan(study, tuple(entries), 50, "causal-lm")
+    return Plan(study, tuple(entries), 50, "causal-lm", 1000)
 
 
 def _row(task, loss, status="ok"):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -50,14 +50,24 @@ def _find(name: str) -> Function:
 
 
 def _settle(threads: int) -> None:
-    """One number of threads for every library, before the first sum: it decides the last bits of the result."""
+    """One number of threads for every library, before the first sum: it decides the last bits. And silence."""
+    import threading
+    import warnings
+
     import torch
+    from tqdm import tqdm
+    from transformers.utils import logging
 
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
 
 
 def _serve(pipe: Connection, function: str, context: str, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C reaches a whole group: only the first process is to hear it
     _settle(threads)
     run, shared = _find(function), json.loads(context)
     while True:
@@ -73,7 +83,7 @@ def _processes() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "peft", "datasets", "weft.run.compare"])
+    context.set_forkserver_preload(["torch", "peft", "datasets", "weft.run.train"])
     return context
 
 
@@ -129,12 +139,15 @@ class Processes:
 
     def close(self) -> None:
         """Stop everything, finished or not."""
-        everything = [*self._idle, *((process, pipe) for pipe, (process, _) in self._busy.items())]
+        for process, _ in self._busy.values():
+            process.kill()  # it holds nothing that is worth an orderly end
+        for _, pipe in self._idle:
+            pipe.close()  # which an idle process takes as its end
+        everything = [process for process, _ in (*self._idle, *self._busy.values())]
         self._idle, self._busy = [], {}
-        for process, pipe in everything:
-            process.terminate()
-            pipe.close()
-        for process, _ in everything:
+        for process in everything:
+            process.join(timeout=10)
+            process.kill()
             process.join()
 
 
@@ -165,6 +178,12 @@ def alone(function: Function, context: Json, task: Json, threads: int) -> Json |
         pool.close()
 
 
+def check_ray() -> None:
+    """Refuse before any work where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--ray needs the extra `weft[ray]`: pip install 'weft[ray]'")
+
+
 class Ray:
     """A pool on a Ray cluster; every node needs weft, the model and the data at the same paths.
 
@@ -173,10 +192,9 @@ class Ray:
     """
 
     def __init__(self, address: str, function: Function, context: Json, threads: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UsageError("--ray needs the extra `weft[ray]`: pip install 'weft[ray]'") from error
+        check_ray()
+        import ray
+
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:

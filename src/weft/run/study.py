@@ -32,6 +32,7 @@ class Study:
         grid_points, grid_factor: the learning rates tried, around each card's own.
         grid_extend: how often a grid may grow when its best point lies on the edge.
         measure_steps, measure_repeats: optimiser steps of a timing run, and how many of them each method gets.
+        evaluations: of the validation split in the course of a final run, for its learning curve.
         forget_data: text to measure forgetting on; None: text sampled from the base model; "none": not measured.
         threads: CPU threads of each run, since their number changes the last bits of a sum.
     """
@@ -56,6 +57,7 @@ class Study:
     grid_extend: int = 3
     measure_steps: int = 10
     measure_repeats: int = 3
+    evaluations: int = 5
     forget_data: str | None = None
     threads: int = 1
 
@@ -71,6 +73,7 @@ class Study:
             ("grid_points", 1),
             ("grid_extend", 0),
             ("measure_repeats", 0),
+            ("evaluations", 0),
             ("measure_steps", 2),
             ("batch_size", 1),
             ("gradient_accumulation", 1),
@@ -107,13 +110,18 @@ class Entry:
 class Plan:
     """A study made concrete: every method's entry and the steps of each run.
 
-    `task` is settled ("auto" was looked up in the data); `notes` are sentences for the reader: what was left out, why.
+    Attributes:
+        steps: optimiser steps of each run.
+        task: settled ("auto" was looked up in the data).
+        parameters: of the base model.
+        notes: sentences for the reader: what was left out, and why.
     """
 
     study: Study
     entries: tuple[Entry, ...]
     steps: int
     task: str
+    parameters: int
     notes: tuple[str, ...] = ()
 
     def entry(self, method: str) -> Entry:
@@ -339,7 +347,7 @@ def plan_from(header: Row, study: Study) -> Plan:
     """The plan that a results file was started with."""
     plan = header["plan"]
     entries = tuple(Entry(**entry) for entry in plan["entries"])
-    return Plan(study, entries, plan["steps"], plan["task"], tuple(plan["notes"]))
+    return Plan(study, entries, plan["steps"], plan["task"], plan["parameters"], tuple(plan["notes"]))
 
 
 def plan_json(plan: Plan) -> Row:
@@ -348,6 +356,7 @@ def plan_json(plan: Plan) -> Row:
         "entries": [asdict(entry) for entry in plan.entries],
         "steps": plan.steps,
         "task": plan.task,
+        "parameters": plan.parameters,
         "notes": list(plan.notes),
     }
 
