@@ -83,8 +83,10 @@ class _Encoder:
         encode_row = getattr(self, f"_{self.kind}")
         encoded = []
         for number, row in enumerate(rows, first_document):
-            for ids, labels in encode_row(row):
+            for ids, labels, *types in encode_row(row):
                 piece = {"input_ids": ids, "labels": labels, "document": number}
+                if types:
+                    piece["token_type_ids"] = types[0]
                 carried = 1 if isinstance(labels, int) else sum(label != IGNORED for label in labels[1:])
                 if not carried:
                     self.report.dropped_rows += 1
@@ -130,14 +132,19 @@ class _Encoder:
         labels = [token if own else IGNORED for token, own in zip(ids, mask, strict=True)]
         yield self._cut(ids), labels[: self.max_length]
 
-    def _classification(self, row: sources.Row) -> Iterator[tuple[list[int], int]]:
+    def _classification(self, row: sources.Row) -> Iterator[tuple[Any, ...]]:
         pair = (row["text1"], row["text2"]) if "text1" in row else (row["text"],)
-        whole = self.tokenizer(*pair, verbose=False)["input_ids"]
-        self._cut(whole)
-        cut = whole
-        if len(whole) > self.max_length:
-            cut = self.tokenizer(*pair, truncation=True, max_length=self.max_length)["input_ids"]
-        yield cut, row["label"]
+        self._cut(self.tokenizer(*pair, verbose=False)["input_ids"])
+        encoded = encode_pair(self.tokenizer, row, self.max_length)
+        types = [encoded["token_type_ids"]] if "token_type_ids" in encoded else []
+        yield encoded["input_ids"], row["label"], *types
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, row: sources.Row, max_length: int) -> dict[str, Any]:
+    """Token ids of a row to classify, cut to `max_length`, with token types where the tokenizer makes them."""
+    pair = (row["text1"], row["text2"]) if "text1" in row else (row["text"],)
+    encoded = tokenizer(*pair, truncation=True, max_length=max_length)
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int] | None]:
@@ -216,10 +223,13 @@ def _dataset(encoder: _Encoder, rows: list[sources.Row]) -> Dataset:
     import pyarrow
     from datasets import Dataset
 
-    label_type = pyarrow.int64() if encoder.kind == "classification" else pyarrow.list_(pyarrow.int32())
-    schema = pyarrow.schema(
-        {"input_ids": pyarrow.list_(pyarrow.int32()), "labels": label_type, "document": pyarrow.int64()}
-    )
+    numbers = pyarrow.list_(pyarrow.int32())
+    columns = {"input_ids": numbers, "labels": numbers, "document": pyarrow.int64()}
+    if encoder.kind == "classification":
+        columns["labels"] = pyarrow.int64()
+        if "token_type_ids" in encoder.tokenizer.model_input_names:
+            columns["token_type_ids"] = numbers
+    schema = pyarrow.schema(columns)
     batches = [
         pyarrow.RecordBatch.from_pylist(encoder.encode(rows[start : start + _BATCH], start), schema=schema)
         for start in range(0, len(rows), _BATCH)
@@ -241,6 +251,8 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, torc
         "input_ids": padded("input_ids", pad_token_id),
         "attention_mask": (torch.arange(longest)[None, :] < lengths[:, None]).long(),
     }
+    if "token_type_ids" in rows[0]:
+        batch["token_type_ids"] = padded("token_type_ids", 0)
     if "labels" in rows[0]:
         classes = not hasattr(rows[0]["labels"], "__len__")
         batch["labels"] = torch.tensor([row["labels"] for row in rows]) if classes else padded("labels", IGNORED)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,10 @@ METRICS = "metrics.jsonl"
 class Interrupted(WeftError):
     """The user or the system asked to stop; a checkpoint was written where there is an output folder."""
 
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
+    def __init__(self, step: int, checkpoint: Path | None, command: str | None = None) -> None:
         self.step, self.checkpoint = step, checkpoint
-        where = f"; checkpoint {checkpoint} written" if checkpoint else ""
-        super().__init__(f"interrupted after step {step}{where}")
+        saved = f", checkpoint {checkpoint} written" if checkpoint else ", nothing saved"
+        super().__init__(f"interrupted after step {step}{saved}" + (f"; go on with: {command}" if command else ""))
 
 
 def seed_of(seed: int, step: int, micro: int, rank: int) -> int:
@@ -85,6 +86,7 @@ class Watch(TrainerCallback):
         self.curve: list[dict[str, Any]] = list(resumed.get("curve", []))
         self.window: list[float] = list(resumed.get("window", []))  # losses since the last logged row
         self.tokens = int(resumed.get("tokens", 0))
+        self.evaluated: tuple[int, dict[str, Any]] = (-1, {})  # the newest evaluation and its step
         self.stop_asked = False
         self.interrupted = False
         self.stop_seen = False
@@ -154,7 +156,9 @@ class Watch(TrainerCallback):
         self._write({**row, **extra})
 
     def _evaluate(self, step: int) -> None:
+        began = time.perf_counter()
         metrics = shared_evaluation(self.trainer.model, self.splits.validation, self.splits, self.settings)
+        self.evaluated = (step, metrics)
         row = {f"eval_{name}": value for name, value in metrics.items() if name != "per_document"}
         if self.curve and self.curve[-1]["step"] == step:
             self.curve[-1] |= row
@@ -163,7 +167,9 @@ class Watch(TrainerCallback):
         self.trainer.log(dict(row))
         self._write({"step": step, **row})
         if self.progress:
-            self.progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            self.progress.pause(time.perf_counter() - began)
+            shown = [name for name in ("loss", "perplexity", "accuracy") if name in metrics]
+            self.progress.note(f"step {step}: validation " + ", ".join(f"{name} {metrics[name]:.4f}" for name in shown))
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.output is None or not self.trainer.is_world_process_zero():

@@ -144,3 +144,15 @@ def _reason(error: BaseException) -> str:
     """The first sentence of an error of transformers or the hub, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")
+
+
+def position_limit(spec: str) -> int | None:
+    """How many tokens the model can see at once, where its config says so."""
+    config = _load_config(spec, locate(spec), None, None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 1:
+            # RoBERTa's family counts positions from behind the padding index
+            return limit - 2 if "roberta" in config.model_type else limit
+    return None

@@ -189,7 +189,7 @@ def _coerce_container(value: Any, annotation: Any, origin: type) -> Any:
 
 
 def _parse(text: str, origin: type) -> Any:
-    """A list or mapping from one word: YAML's own flow style, or plain words between commas."""
+    """A list or mapping from one word: YAML's own flow style, or words (`a,b`) or pairs (`a=1,b=2`) between commas."""
     import yaml
 
     if text.startswith(("[", "{")):
@@ -198,7 +198,10 @@ def _parse(text: str, origin: type) -> Any:
         except yaml.YAMLError as error:
             raise ValueError from error
     if origin is dict:
-        raise ValueError
+        pairs = [part.partition("=") for part in text.split(",")]
+        if not all(key.strip() and middle and value.strip() for key, middle, value in pairs):
+            raise ValueError
+        return {key.strip(): value.strip() for key, _, value in pairs}
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -24,6 +24,7 @@ class Progress:
         self.tokens = 0
         self.started = time.perf_counter()
         self.first_step = self.total = self.step = 0
+        self.paused = 0.0  # seconds spent beside the steps
 
     def start(self, step: int, total: int) -> None:
         self.started, self.first_step, self.step, self.total = time.perf_counter(), step, step, total
@@ -46,7 +47,7 @@ class Progress:
 
     def measures(self) -> dict[str, Any]:
         """Tokens a second since the start of this process, and memory in bytes."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        seconds = max(self._seconds(), 1e-9)
         return {"tokens_per_second": round(self.tokens / seconds, 1), "memory_bytes": memory_bytes()}
 
     def advance(self, step: int, loss: float | None) -> None:
@@ -61,8 +62,15 @@ class Progress:
             self.bar.update(self.task, completed=step, text=text)
             return
         done = max(step - self.first_step, 1)
-        left = (time.perf_counter() - self.started) / done * (self.total - step)
+        left = self._seconds() / done * (self.total - step)
         self.console.print(f"step {step}/{self.total}  {text}  {left:,.0f} s left", highlight=False)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started - self.paused
+
+    def pause(self, seconds: float) -> None:
+        """Leave these seconds out of the speed: they were not spent on steps."""
+        self.paused += seconds
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False)

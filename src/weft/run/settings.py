@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, nearest
 
@@ -16,37 +16,32 @@ if TYPE_CHECKING:
     from weft.run.methods import Method
 
 
+def _setting(default: Any, help_text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. What is None comes from the method's recipe.
+    """How to train. What is None comes from the method's recipe, or follows from the length of the run."""
 
-    Attributes:
-        max_steps: optimiser steps; None trains for `epochs` passes.
-        batch_size: rows a process and micro-batch.
-        warmup_ratio: share of the steps in which the learning rate rises.
-        bf16: run in bfloat16 autocast.
-        eval_steps, save_steps: optimiser steps between two; 0 for never, None for a tenth of the run.
-        report_to: what HF's `report_to` takes: "none", "tensorboard", "wandb", ...
-    """
-
-    max_steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    warmup_ratio: float | None = None
-    max_grad_norm: float | None = None
-    lr_scheduler_type: str | None = None
-    seed: int = 0
-    bf16: bool = False
-    max_length: int = 512
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    logging_steps: int = 10
-    eval_batch_size: int | None = None
-    gradient_checkpointing: bool = False
-    report_to: tuple[str, ...] = ()
+    max_steps: int | None = _setting(None, "optimiser steps; none trains for `epochs` passes")
+    epochs: float = _setting(1.0, "passes over the training rows, where max_steps is not given")
+    batch_size: int = _setting(8, "rows a process and micro-batch")
+    gradient_accumulation: int = _setting(1, "micro-batches an optimiser step")
+    learning_rate: float | None = _setting(None, "peak learning rate; none takes the method's own")
+    weight_decay: float | None = _setting(None, "weight decay; none takes the method's own")
+    warmup_ratio: float | None = _setting(None, "share of the steps in which the learning rate rises")
+    max_grad_norm: float | None = _setting(None, "largest norm of the gradient, 0 for any; none takes the method's own")
+    lr_scheduler_type: str | None = _setting(None, "HF's name of the schedule; none takes the method's own")
+    seed: int = _setting(0, "draws the adapter's start, the order of rows and dropout")
+    bf16: bool = _setting(False, "compute in bfloat16; an adapter's base weights are kept in it too")
+    max_length: int = _setting(512, "tokens a row at most")
+    eval_steps: int | None = _setting(None, "steps between evaluations, 0 for none; none takes a tenth of the run")
+    save_steps: int | None = _setting(None, "steps between checkpoints, 0 for none; none takes a tenth of the run")
+    logging_steps: int = _setting(10, "steps between rows of metrics.jsonl")
+    eval_batch_size: int | None = _setting(None, "rows a batch of evaluation; none takes batch_size")
+    gradient_checkpointing: bool = _setting(False, "recompute activations to save memory")
+    report_to: tuple[str, ...] = _setting((), "HF's reporting integrations: tensorboard, wandb, ...")
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "gradient_accumulation", "logging_steps", "epochs")

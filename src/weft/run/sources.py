@@ -94,6 +94,29 @@ def read(
     return rows
 
 
+def read_unlabelled(spec: str, split: str, columns: dict[str, str] | None = None) -> list[Row]:
+    """The rows of one split to be answered, labels and completions where there are any.
+
+    A source without splits is taken whole. Raises UsageError for a split that is not there.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}: {nearest(split, SPLITS)}")
+    splits = {name: rows for name, rows in _split_rows(spec).items() if rows}
+    if split not in splits:
+        if set(splits) != {"train"} or Path(spec).expanduser().is_dir():
+            raise UsageError(f"data {spec!r} has no {split} split: there are {', '.join(splits) or 'none'}")
+        split = "train"
+    rows = [_renamed(row, columns or {}) for row in splits[split]]
+    wanted = (("messages",), ("prompt",), ("text1", "text2"), ("text",))
+    for number, row in enumerate(rows, 1):
+        if not any(all(row.get(name) for name in names) for names in wanted):
+            raise UsageError(
+                f"data {spec!r}, row {number}, has none of the columns text, prompt, messages, or text1 and text2: it "
+                f"has {', '.join(map(str, row))}; name them with --columns text=..."
+            )
+    return rows
+
+
 # --- where rows come from ---------------------------------------------------------------------------------------------
 
 

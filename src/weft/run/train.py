@@ -112,7 +112,7 @@ def train(
     checkpoint = checkpoints.newest(output) if resume and output is not None else None
     facts = (checkpoints.facts(checkpoint) if checkpoint else None) or {}
     curve: list[dict[str, Any]] = []
-    steps = 0
+    steps, validation = 0, {}
     if trainable:
         bar = Progress() if progress and args.process_index == 0 else None
         watch = Watch(splits, settings, output, bar, facts)
@@ -121,7 +121,9 @@ def train(
             _trim_metrics(output / METRICS, facts.get("step", 0))
         steps = _run(model, splits, method, args, watch, checkpoint)
         curve = watch.curve
-    validation = shared_evaluation(model, splits.validation, splits, settings)
+        if watch.evaluated[0] == steps:
+            validation = watch.evaluated[1]
+    validation = validation or shared_evaluation(model, splits.validation, splits, settings)
     return TrainResult(
         model=model,
         trainable=trainable,

@@ -1,0 +1,53 @@
+"""From typed options to the parameters that typer reads, so that flags, help and run files have one source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from weft.run.options import Option
+
+
+def parameter(option: Option, panel: str, key: str | None = None) -> inspect.Parameter:
+    """One keyword parameter for typer; None means that the flag was not given.
+
+    `key` is the flag's name where it differs from the option's.
+    """
+    name = key or option.name
+    flag = f"--{name.replace('_', '-')}"
+    shown = option.default
+    default = "" if shown is None or shown == () else f" [dim]\\[default: {_shown(shown)}][/dim]"
+    text = (option.help or "").replace("[", "\\[") + default
+    if option.type is bool:
+        info = typer.Option(
+            f"{flag}/--no-{name.replace('_', '-')}", help=text, rich_help_panel=panel, show_default=False
+        )
+        kind: Any = bool | None
+    else:
+        metavar = option.type_name.replace(" or none", "").upper()
+        metavar = metavar if len(metavar) <= 24 else "VALUE"
+        if metavar == "VALUE":
+            text += f" [dim]({option.type_name.replace('[', chr(92) + '[')})[/dim]"
+        info = typer.Option(flag, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+        kind = str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
+
+
+def _shown(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
+    return text.replace("[", "\\[")
+
+
+def function(body: Callable[..., None], parameters: list[inspect.Parameter], doc: str) -> Callable[..., None]:
+    """A function with exactly these parameters, as typer sees it, that hands them to `body` by name."""
+
+    def command(**values: Any) -> None:
+        body(**values)
+
+    command.__doc__ = doc
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+    return command

@@ -1,0 +1,138 @@
+"""Train an adapter on your data: weft adapt --model M --data D --method sora --output OUT
+
+A method's own options appear in `weft adapt --method sora --help`. Every option is also a key of a YAML run file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from weft.cli import _flags
+from weft.errors import UsageError
+from weft.run import adapt as _adapt
+from weft.run.options import Option
+
+_DOC = """Train an adapter on your data.
+
+[bold]weft adapt --model builtin:pycode --data builtin:pydocs --method sora --output OUT[/bold]
+
+Every option is also a key of a YAML run file (--config); OUT/run.yaml repeats the run. A run that was killed goes on
+when the same command is started again."""
+
+
+def _own(name: str, kind: Any, help_text: str, *flags: str) -> inspect.Parameter:
+    info = typer.Option(*flags, help=help_text, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
+
+
+def build(argv: list[str]) -> Callable[..., None]:
+    """The command for these words: with the options of the method that they name, in a flag or in their run file."""
+    parameters = [
+        _own("config", str | None, "YAML run file; flags override it.", "--config"),
+        _own("dry_run", bool | None, "Show modules, parameters and memory; load no weights.", "--dry-run"),
+        _own(
+            "resume",
+            bool | None,
+            "Go on from the newest complete checkpoint, or start over; by default the same unfinished run goes on.",
+            "--resume/--no-resume",
+        ),
+    ]
+    common = _adapt.run_options()
+    parameters += [_flags.parameter(option, _panel(option)) for option in common]
+    method = _word(argv, "--method") or _method_of_file(_word(argv, "--config"))
+    doc = _DOC
+    if method is None:
+        doc += "\n\nA method's own options: [bold]weft adapt --method NAME --help[/bold]"
+    else:
+        from weft.run.methods import method_options
+
+        keys = _adapt.method_keys_of(method)
+        parameters += [
+            _flags.parameter(option, f"Options of {method}", keys[option.name]) for option in method_options(method)
+        ]
+    return _flags.function(_run, parameters, doc)
+
+
+def _panel(option: Option) -> str:
+    return "What" if option.name in _adapt.AdaptOptions.__dataclass_fields__ else "Training"
+
+
+def _word(argv: list[str], flag: str) -> str | None:
+    """The value of a flag among words that are not parsed yet; the last one counts."""
+    found = None
+    for position, word in enumerate(argv):
+        if word == flag and position + 1 < len(argv):
+            found = argv[position + 1]
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _method_of_file(path: str | None) -> str | None:
+    method = _adapt.read_run_file(path).get("method") if path else None
+    return method if isinstance(method, str) else None
+
+
+def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags: Any) -> None:
+    given = {**(_adapt.read_run_file(config) if config else {})}
+    given |= {key: value for key, value in flags.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
+    request = _adapt.request(given)
+    if not dry_run and not request.options.output:
+        raise UsageError("--output is missing: a folder for the adapter, checkpoints, metrics and the run file")
+    going_on = False if dry_run else _adapt.settle_output(request, resume)
+    first = int(os.environ.get("RANK", "0")) == 0
+    say = (lambda text: print(text, flush=True)) if first else (lambda text: None)
+    rows = _adapt.read_rows(request.options)
+    outline = _adapt.outline(request, rows)
+    for line in outline_lines(request, outline, whole=bool(dry_run)):
+        say(line)
+    if dry_run:
+        return
+    from weft.run.loop import Interrupted
+
+    try:
+        result = _adapt.run_adapt(request, rows, going_on, say)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.step, stopped.checkpoint, resume_command(request)) from None
+    for split in ("validation", "test"):
+        if result[split]:
+            say(f"{split}: " + ", ".join(f"{name} {_figure(value)}" for name, value in result[split].items()))
+    say(f"saved to {request.options.output}")
+
+
+def resume_command(request: _adapt.Request) -> str:
+    """The line that goes on with an interrupted run."""
+    import shlex
+
+    return f"weft adapt --config {shlex.quote(str(request.options.output) + '/' + _adapt.RUN_FILE)} --resume"
+
+
+def outline_lines(request: _adapt.Request, outline: _adapt.Outline, whole: bool) -> list[str]:
+    """What a run will touch, in words; `whole` names every module and the parts of the memory."""
+    share = outline.trainable / max(outline.total, 1)
+    lines = [
+        f"{request.method.name} on {request.options.model}: {outline.trainable:,} trainable parameters beside "
+        f"{outline.total:,} ({share:.2%}), {len(outline.modules)} modules"
+    ]
+    if whole:
+        lines += [f"  {name}" for name in outline.modules]
+        if request.method.options:
+            lines.append("options: " + json.dumps(request.method.options, default=str))
+        lines.append(f"estimated memory: {_bytes(sum(outline.memory.values()))} a process")
+        lines += [f"  {name}: {_bytes(size)}" for name, size in outline.memory.items()]
+    return lines
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,50 @@
+"""Turn a saved adapter into a plain LoRA, a merged model, or a compact adapter."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.errors import UsageError
+
+
+class Form(StrEnum):
+    """What an adapter can be turned into."""
+
+    lora = "lora"
+    merged = "merged"
+    adapter = "adapter"
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the saved adapter.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],
+    to: Annotated[Form, typer.Option(help="lora: PEFT's and vLLM's own form; merged: a whole model; adapter: itself.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="The LoRA's rank; by default the least exact one.")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="Keep each module's own rank (not for vLLM).")] = False,
+    model: Annotated[str | None, typer.Option(help="Base model; by default the one it was trained on.")] = None,
+) -> None:
+    """Turn a saved adapter into a plain LoRA that PEFT and vLLM load without weft, or into a merged model.
+
+    The error that the conversion cost is printed.
+    """
+    from weft.run.models import check_safetensors
+    from weft.run.predict import adapter_facts
+
+    facts = adapter_facts(adapter)
+    if facts["kind"] != "adapter":
+        raise UsageError(f"{str(adapter)!r} holds a whole model, so there is nothing to export")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{str(out)!r} is there already; name a new folder")
+    check_safetensors(adapter)
+    from weft.adapters._export import export
+
+    spec = model or facts["base"]
+    if spec is not None:
+        from weft.run.models import locate
+
+        spec = locate(spec)
+    print(export(adapter, out, to.value, rank, compact, spec))

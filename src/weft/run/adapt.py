@@ -1,0 +1,382 @@
+"""One adaptation from its options to its result: `weft adapt` without the command line.
+
+The fields of `AdaptOptions` and `TrainSettings` and the method's own options, side by side, are the keys of a run file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.errors import UsageError, WeftError, nearest
+from weft.run import options as _options
+from weft.run.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from weft.run.methods import Method
+    from weft.run.models import Base
+    from weft.run.sources import Rows
+
+_TASKS = ("auto", "causal-lm", "classification")
+RUN_FILE = "run.yaml"
+RESULT_FILE = "result.json"
+LABELS_FILE = "labels.json"
+
+# Settings that change what is shown or written along the way, not what comes out: a resumed run may change them.
+_WITHOUT_CONSEQUENCE = frozenset(
+    ("output", "logging_steps", "eval_steps", "save_steps", "eval_batch_size", "report_to")
+)
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """What to adapt to what."""
+
+    model: str | None = _option(None, "a model on the hub, a folder, or builtin:pycode")
+    data: str | None = _option(
+        None, "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs"
+    )
+    method: str | None = _option(None, "an adapter of `weft methods`, PEFT's own as peft:lora, or base, head, full")
+    output: str | None = _option(None, "folder for the adapter, checkpoints, metrics and the run file")
+    task: str = _option("auto", "causal-lm, classification, or auto: by the columns of the data")
+    columns: dict[str, str] | None = _option(None, "where columns have other names: text=sentence,label=polarity")
+    validation_data: str | None = _option(None, "where the validation rows are, if not in the data")
+    test_data: str | None = _option(None, "where the test rows are, if not in the data")
+    validation_fraction: float = _option(0.1, "share of the training rows held out where there is no validation split")
+    split_seed: int = _option(0, "draws the held-out rows")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a run was asked to do, checked against everything but the model and the data."""
+
+    options: AdaptOptions
+    settings: TrainSettings
+    method: Method
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key of the run file with its value, defaults and the method's recipe included."""
+        run = {**vars(self.options), **vars(self.settings.with_recipe(self.method))}
+        names = method_keys_of(self.method.name)
+        return _plain({**run, **{names[own]: value for own, value in _method_values(self.method).items()}})
+
+
+def run_options() -> list[_options.Option]:
+    """The options of every run, whatever the method."""
+    return _options.from_config(AdaptOptions) + _options.from_config(TrainSettings)
+
+
+def method_keys_of(name: str) -> dict[str, str]:
+    """Method option → its key in run files; where a run has an option of that name, the method's name goes before."""
+    from weft.run.methods import method_options
+
+    taken = {option.name for option in run_options()}
+    stem = name.removeprefix("peft:")
+    return {
+        option.name: f"{stem}_{option.name}" if option.name in taken else option.name for option in method_options(name)
+    }
+
+
+def _method_values(method: Method) -> dict[str, Any]:
+    """The value of each of the method's options: what was given, or what the config settled on."""
+    from weft.run.methods import method_options
+
+    return {option.name: getattr(method.config, option.name, option.default) for option in method_options(method.name)}
+
+
+def _plain(value: Any) -> Any:
+    """A value that YAML writes and reads back as it is: sets and tuples as lists, configs as mappings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return str(getattr(value, "value", value))
+
+
+def read_run_file(path: str) -> dict[str, Any]:
+    """The keys and values of a YAML run file. Raises UsageError where it cannot be read or is no mapping."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"run file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        keys = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(
+            f"run file {path!r}{where}, is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
+    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
+        raise UsageError(f"run file {path!r} must be a mapping of options to values")
+    return keys
+
+
+def request(given: dict[str, Any]) -> Request:
+    """Check everything that was given, by key of a run file, before anything is loaded.
+
+    Raises UsageError for unknown keys, wrong types, values out of range, and what is missing.
+    """
+    from weft.run.methods import resolve
+
+    for key in ("model", "data", "method"):
+        if not given.get(key):
+            raise UsageError(f"--{key} is missing: {_help_of(key)}")
+    name = given["method"]
+    if not isinstance(name, str):
+        raise UsageError(f"method must be a name, not {name!r}")
+    common = {option.name: option for option in run_options()}
+    own = {key: option for option, key in method_keys_of(name).items()}
+    for key in given:
+        if key not in common and key not in own:
+            raise UsageError(f"unknown option {key!r} for method {name}: {nearest(key, [*common, *own])}")
+    checked = _options.check("weft adapt", list(common.values()), {k: v for k, v in given.items() if k in common})
+    method = resolve(name, {own[key]: value for key, value in given.items() if key in own})
+    settings_names = {entry.name for entry in dataclasses.fields(TrainSettings)}
+    settings = TrainSettings(**{key: value for key, value in checked.items() if key in settings_names})
+    options = AdaptOptions(**{key: value for key, value in checked.items() if key not in settings_names})
+    if options.task not in _TASKS:
+        raise UsageError(
+            f"unknown task {options.task!r}: {nearest(options.task, ['auto', 'causal-lm', 'classification'])}"
+        )
+    if not 0 < options.validation_fraction < 1:
+        raise UsageError(f"validation_fraction must be above 0 and below 1, not {options.validation_fraction}")
+    _check_reporters(settings.report_to)
+    return Request(options, settings, method)
+
+
+def _help_of(key: str) -> str:
+    return next(option.help for option in run_options() if option.name == key)
+
+
+def _check_reporters(names: tuple[str, ...]) -> None:
+    if not names or names == ("none",):
+        return
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown report_to {name!r}: {nearest(name, known)}")
+        available = getattr(integration_utils, f"is_{name}_available", None)
+        if available is not None and not available():
+            raise UsageError(f"report_to {name!r} needs a package that is not installed: pip install {name}")
+
+
+# --- before the weights -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run will touch, known from shapes alone. Memory in bytes, estimated for one process."""
+
+    modules: list[str]
+    trainable: int
+    total: int
+    memory: dict[str, int]
+
+
+def read_rows(options: AdaptOptions) -> Rows:
+    """The rows of the data source as the options describe it."""
+    from weft.run import sources
+
+    return sources.read(
+        options.data or "",
+        options.task,
+        columns=options.columns,
+        validation=options.validation_data,
+        test=options.test_data,
+        validation_fraction=options.validation_fraction,
+        seed=options.split_seed,
+    )
+
+
+def outline(run: Request, rows: Rows) -> Outline:
+    """Match modules and count parameters on a model without weights.
+
+    Raises UsageError where the method does not fit the model: no target, a rank above a matrix's side, a wrong task.
+    """
+    from weft.run import methods, models
+
+    skeleton = models.load_base(
+        run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
+    ).model
+    modules = methods.check_fits(run.method, skeleton)
+    trainable = methods.count_trainable(run.method, skeleton)
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    return Outline(modules, trainable, total, _memory(run, skeleton.config, total, trainable))
+
+
+def _memory(run: Request, config: Any, total: int, trainable: int) -> dict[str, int]:
+    """Bytes of weights, training state and activations.
+
+    Activations of one decoder layer are about tokens · hidden · 34 bytes at two bytes a number plus what attention
+    keeps (Korthikanti et al. 2022, eq. 2, without the score matrix, which fused attention does not store).
+    """
+    settings = run.settings
+    base_bytes = 2 if settings.bf16 and run.method.config is not None else 4
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = getattr(config, "hidden_size", 0)
+    layers = getattr(config, "num_hidden_layers", 0)
+    tokens = settings.batch_size * settings.max_length
+    number = 2 if settings.bf16 else 4
+    kept_layers = 1 if settings.gradient_checkpointing else layers
+    activations = tokens * hidden * 17 * number * kept_layers
+    logits = tokens * getattr(config, "vocab_size", 0) * (4 + number)
+    return {
+        "base weights": total * base_bytes,
+        "trained weights, gradients and Adam's moments": trainable * 16,
+        "activations": activations,
+        "logits": logits,
+    }
+
+
+# --- where it is written ----------------------------------------------------------------------------------------------
+
+
+def settle_output(run: Request, resume: bool | None) -> bool:
+    """Whether to go on from what lies in the output folder.
+
+    Args:
+        resume: True goes on, False starts over, None goes on exactly if the folder holds the same run, unfinished.
+
+    Raises UsageError where the folder holds something else.
+    """
+    import yaml
+
+    output = Path(run.options.output or "")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {str(output)!r} is a file, not a folder")
+    run_file = output / RUN_FILE
+    if resume is False:
+        return False
+    if not run_file.exists():
+        if output.is_dir() and any(output.iterdir()) and not resume:
+            raise UsageError(f"output folder {str(output)!r} holds other files; name a new one")
+        return False
+    before = yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}
+    now = run.resolved()
+    for key in [*now, *before]:
+        if key not in _WITHOUT_CONSEQUENCE and before.get(key) != now.get(key):
+            raise UsageError(
+                f"output folder {str(output)!r} holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}; "
+                "name a new folder, or start over with --no-resume"
+            )
+    if resume is None and (output / RESULT_FILE).exists():
+        raise UsageError(
+            f"output folder {str(output)!r} holds this run, finished; name a new folder, or start over with --no-resume"
+        )
+    return True
+
+
+def start_output(run: Request, going_on: bool) -> None:
+    """Make the folder ready: an old run's files out of the way, the run file in place."""
+    import yaml
+
+    from weft.run import checkpoints
+    from weft.run.loop import METRICS
+
+    output = Path(run.options.output or "")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RESULT_FILE).unlink(missing_ok=True)
+    if not going_on:
+        checkpoints.drop_all(output)
+        (output / METRICS).unlink(missing_ok=True)
+    text = yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True)
+    checkpoints.write_text(output / RUN_FILE, text)
+
+
+# --- the run itself ---------------------------------------------------------------------------------------------------
+
+
+def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, Any]:
+    """Tokenise the rows, say what became of them, and load the base model with its weights."""
+    import torch
+
+    from weft.run import data, models
+
+    tokenizer = models.load_tokenizer(run.options.model or "")
+    window = _window(run, tokenizer, say)
+    splits = data.load_splits(run.options.data or "", rows.task, tokenizer, max_length=window, rows=rows)
+    for line in splits.lines():
+        say(line)
+    low = run.settings.bf16 and run.method.config is not None
+    base = models.load_base(
+        run.options.model or "",
+        rows.task,
+        dtype=torch.bfloat16 if low else torch.float32,
+        labels=rows.labels,
+        seed=run.settings.seed,
+        tokenizer=tokenizer,
+    )
+    return base, splits
+
+
+def _window(run: Request, tokenizer: Any, say: Callable[[str], None]) -> int:
+    """max_length, or the model's own limit where that is smaller."""
+    from weft.run.models import position_limit
+
+    limit = position_limit(run.options.model or "")
+    if limit is not None and limit < run.settings.max_length:
+        say(f"max_length is {limit}, which is all that the model can see, not {run.settings.max_length}")
+        return limit
+    return run.settings.max_length
+
+
+def run_adapt(run: Request, rows: Rows, going_on: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train, save the adapter and the final evaluation into the output folder; what the result file says."""
+    from weft.run import checkpoints
+    from weft.run.train import save_result, shared_evaluation, train
+
+    output = Path(run.options.output or "")
+    first = int(os.environ.get("RANK", "0")) == 0
+    base, splits = load(run, rows, say)
+    tokenizer = base.tokenizer
+    if first:
+        try:
+            start_output(run, going_on)
+        except OSError as error:
+            raise WeftError(f"output folder {str(output)!r} cannot be written: {error.strerror or error}") from error
+    result = train(base, splits, run.method, run.settings, output, resume=going_on, progress=first)
+    test = {}
+    if len(splits.test):
+        test = shared_evaluation(result.model, splits.test, splits, run.settings)
+    facts = {
+        "method": run.method.name,
+        "trainable": result.trainable,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 3),
+        "validation": _short(result.validation),
+        "test": _short(test),
+        "file_bytes": result.file_bytes,
+        "ranks": result.ranks,
+        "data": splits.report,
+    }
+    if first:
+        if run.method.name != "base":
+            save_result(result.model, tokenizer, output)
+        if splits.labels:
+            checkpoints.write_text(output / LABELS_FILE, json.dumps(splits.labels, ensure_ascii=False) + "\n")
+        checkpoints.write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _short(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "per_document"}
