@@ -40,6 +40,8 @@ def peft_type(slug: str) -> PeftType:
 @dataclass
 class AdapterConfig(PeftConfig):
     """Fields that all of weft's adapters share. A method adds its own, each with `metadata={"help": ...}`.
+    Where the default is meant for thousands of steps, `metadata={"help": ..., "short": v}` names the value with which a
+    run of twenty steps meets the method's events; tests and small demonstrations take it from there.
 
     Raises UsageError for values that no model could serve; what depends on the model is checked when attaching.
     """
@@ -47,13 +49,21 @@ class AdapterConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to adapt: names, one regex, or 'all-linear' (the default)"}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules to leave out: names or one regex"})
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "modules to leave out: names or one regex"}
+    )
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "expert parameters (experts × a × b) to adapt, by name"}
     )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "adapt only these layer numbers"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list that holds the layers"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full and saved along"})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "adapt only these layer numbers"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the list that holds the layers"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules trained in full and saved along"}
+    )
     split_qkv: bool = field(
         default=False, metadata={"help": "give query, key and value of a fused projection one adapter each"}
     )

@@ -77,7 +77,7 @@ class _Adapted(BaseTunerLayer):
         return [self.deltas[name] for name in self.active_adapters if name in self.deltas]
 
     def _watch(self, deltas: Sequence[nn.Module]) -> None:
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if getattr(self, "training", False) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for entry in deltas:
                 for delta in leaves(entry):
                     if delta.controller is not None:
@@ -86,9 +86,17 @@ class _Adapted(BaseTunerLayer):
     # --- merging ------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the parameter's layout, float32 or wider; PEFT's LoRA conversion calls it."""
-        with torch.no_grad():
-            return self.to_native(self.deltas[adapter].delta())
+        """ΔW of evaluation in the parameter's layout, float32 or wider; PEFT's LoRA conversion calls it.
+
+        Whether the model happens to be training must not matter: a drawn rank or gate is nothing to merge.
+        """
+        entry = self.deltas[adapter]
+        training = entry.training
+        try:
+            with torch.no_grad():
+                return self.to_native(entry.eval().delta())
+        finally:
+            entry.train(training)
 
     def bias_parameter(self) -> nn.Parameter | None:
         return getattr(self.get_base_layer(), "bias", None)
@@ -142,9 +150,10 @@ class _Adapted(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # tensors keep their declared dtype, so only the device follows the weight
         device = device or self.original().device
-        if adapter_name in self.deltas and device.type != "meta":
-            if not any(p.is_meta for p in self.deltas[adapter_name].parameters()):
-                self.deltas[adapter_name].to(device)
+        if adapter_name not in self.deltas or device.type == "meta":
+            return
+        if not any(p.is_meta for p in self.deltas[adapter_name].parameters()):
+            self.deltas[adapter_name].to(device)
 
     def _refuse_mixed_batches(self, kwargs: dict[str, Any]) -> None:
         if kwargs.pop("adapter_names", None) is not None:
@@ -182,9 +191,22 @@ class AdaptedModule(nn.Module, _Adapted):
         def site(i: int | None, rows: slice) -> Site:
             name = self.module_name if i is None else f"{self.module_name}#{i}"
             out = len(range(*rows.indices(shape[0])))
-            return Site(name, self.kind, out, shape[1], lambda: self._matrix()[rows], w.device, config.is_stored, _stored_rank(config, name))
+            return Site(
+                name,
+                self.kind,
+                out,
+                shape[1],
+                lambda: self._matrix()[rows],
+                w.device,
+                config.is_stored,
+                _stored_rank(config, name),
+            )
 
-        sizes = qkv_sizes(self.module_name, shape[0], model_config) if config.split_qkv and type(self.kind) in (Linear, TransposedLinear) else None
+        sizes = (
+            qkv_sizes(self.module_name, shape[0], model_config)
+            if config.split_qkv and type(self.kind) in (Linear, TransposedLinear)
+            else None
+        )
         if sizes is None:
             return make(config, site(None, slice(None)))
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -261,7 +283,16 @@ class ParamWrapper(nn.Module, _Adapted):
 
         def site(i: int) -> Site:
             name = f"{self.module_name}#{i}"
-            return Site(name, Linear(), out, in_, functools.partial(matrix, i), w.device, config.is_stored, _stored_rank(config, name))
+            return Site(
+                name,
+                Linear(),
+                out,
+                in_,
+                functools.partial(matrix, i),
+                w.device,
+                config.is_stored,
+                _stored_rank(config, name),
+            )
 
         return Experts([make(config, site(i)) for i in range(count)])
 
@@ -318,15 +349,23 @@ class AdapterModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         return check_target_module_exists(peft_config, key)
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        # target_parameters alone need no target_modules; nothing is looked up by the model's type
+        return peft_config
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse before any work what no module could serve."""
         self._tied = _tied_weights(model)
         targets = peft_config.target_modules
         if targets == "all-linear" or (isinstance(targets, list) and not targets):
             return
-        names = [n for n, _ in model.named_modules() if n and not re.search(rf"\.({self.prefix}delta|base_layer)(\.|$)", n)]
-        if targets is not None and not any(check_target_module_exists(peft_config, n) is True or _matched(peft_config, n) for n in names):
-            raise UsageError(f"target_modules={targets!r} matches nothing in {type(model).__name__}; there are: {', '.join(_suffixes(model))}")
+        names = [
+            n for n, _ in model.named_modules() if n and not re.search(rf"\.({self.prefix}delta|base_layer)(\.|$)", n)
+        ]
+        if targets is not None and not any(check_target_module_exists(peft_config, n) for n in names):
+            raise UsageError(
+                f"target_modules={targets!r} matches nothing in {type(model).__name__}; there are: {', '.join(_suffixes(model))}"
+            )
 
     def _create_and_replace(
         self,
@@ -368,7 +407,11 @@ class AdapterModel(BaseTuner):
         """PEFT's last call while attaching: every delta exists, so what they share can be made."""
         super()._mark_only_adapters_as_trainable(model)
         for adapter_name, config in self.peft_config.items():
-            layers = [m for m in model.modules() if isinstance(m, self.layer_cls | self.wrapper_cls) and adapter_name in m.deltas]
+            layers = [
+                m
+                for m in model.modules()
+                if isinstance(m, self.layer_cls | self.wrapper_cls) and adapter_name in m.deltas
+            ]
             if not layers or all(adapter_name in m.controllers for m in layers):
                 continue
             deltas = [d for m in layers for d in leaves(m.deltas[adapter_name])]
@@ -389,7 +432,12 @@ class AdapterModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         released = config.release = {"rank_pattern": {}, "base_sketch": {}}
@@ -461,11 +509,6 @@ def _log_merge(layers: Sequence[_Adapted]) -> None:
         logger.warning("merged %d weights; the largest relative rounding error is %.1e (%s)", len(errors), worst, name)
 
 
-def _matched(config: Any, name: str) -> bool:
-    found = check_target_module_exists(config, name)
-    return found is not None and bool(found)
-
-
 def _suffixes(model: nn.Module) -> list[str]:
     """Last names of modules that can be adapted, for error messages."""
     names = set()
@@ -507,4 +550,6 @@ def register() -> None:
     for slug in cards("adapters"):
         peft_type(slug)
         config = getattr(importlib.import_module(f"weft.adapters.{slug}"), class_name(slug, "Config"))
-        register_peft_method(name=f"weft_{slug}", config_cls=config, model_cls=_make_classes(slug), prefix=f"weft_{slug}_")
+        register_peft_method(
+            name=f"weft_{slug}", config_cls=config, model_cls=_make_classes(slug), prefix=f"weft_{slug}_"
+        )

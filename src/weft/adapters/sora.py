@@ -10,9 +10,10 @@ of the model. The gate is stepped by Adam (eps 1e-6, no weight decay) in a param
 a zero gate get no gradient through A and B but may revive through g; they are dropped when the adapter is saved, with
 s kept.
 
-The threshold t is not multiplied by the learning rate: over N steps a gate shrinks by N·t, so tune t to the run's length.
-With `threshold_levels` above 1 the run has that many stages of `stage_steps` steps: the first uses `sparse_lambda_2`, the
-last `max_lambda`, and the learning-rate schedule starts anew in each (in the authors' code it stays exhausted at zero).
+The threshold t is not multiplied by the learning rate: over N steps a gate shrinks by N·t, so tune t to the run's
+length. With `threshold_levels` above 1 the run has that many stages of `stage_steps` steps: the first uses
+`sparse_lambda_2`, the last `max_lambda`, and the learning-rate schedule starts anew in each (in the authors' code it
+stays exhausted at zero).
 `prox="reference"` is the authors' operator: entries between t and 2t become zero too, and |g| = t is left alone.
 """
 
@@ -37,7 +38,13 @@ CARD = Card(
     arxiv="2311.11696",
     year=2023,
     summary="LoRA with a gate per component that a proximal step drives to exact zeros: the rank is learned per layer",
-    recipe={"learning_rate": 2e-3, "weight_decay": 0.1, "warmup_ratio": 0.06, "max_grad_norm": 0.1, "lr_scheduler_type": "linear"},
+    recipe={
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "warmup_ratio": 0.06,
+        "max_grad_norm": 0.1,
+        "lr_scheduler_type": "linear",
+    },
     limitations="The threshold is per step and not scaled by the learning rate: tune it to the number of steps.",
 )
 
@@ -50,12 +57,20 @@ class SoraConfig(AdapterConfig):
     lora_alpha: float = field(default=16.0, metadata={"help": "α; ΔW is scaled by α / r"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     sparse_lambda: float = field(default=1e-3, metadata={"help": "λ₁, coefficient of the mean |g| in the objective"})
-    sparse_lambda_2: float = field(default=3e-4, metadata={"help": "threshold t of the proximal step (first stage)"})
-    sparse_lr: float | None = field(default=None, metadata={"help": "learning rate of the gates; the run's if not given"})
-    threshold_levels: int = field(default=1, metadata={"help": "stages with thresholds from sparse_lambda_2 to max_lambda"})
-    max_lambda: float = field(default=7e-4, metadata={"help": "threshold of the last stage"})
+    sparse_lambda_2: float = field(
+        default=3e-4, metadata={"help": "threshold t of the proximal step (first stage)", "short": 0.03}
+    )
+    sparse_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of the gates; the run's if not given"}
+    )
+    threshold_levels: int = field(
+        default=1, metadata={"help": "stages with thresholds from sparse_lambda_2 to max_lambda", "short": 2}
+    )
+    max_lambda: float = field(default=7e-4, metadata={"help": "threshold of the last stage", "short": 0.05})
     level_spacing: str = field(default="linear", metadata={"help": "linear, log_linear or exp_linear"})
-    stage_steps: int | None = field(default=None, metadata={"help": "optimiser steps a stage; needed for several stages"})
+    stage_steps: int | None = field(
+        default=None, metadata={"help": "optimiser steps a stage; needed for several stages", "short": 6}
+    )
     prox: str = field(default="soft", metadata={"help": "soft (the paper's operator) or reference (the authors' code)"})
 
     def validate(self) -> None:
@@ -131,7 +146,9 @@ class SoraController(Controller):
     def threshold(self) -> float:
         """t in force."""
         stages = self.config.thresholds()
-        return stages[min(self.step // (self.config.stage_steps or 1), len(stages) - 1)] if len(stages) > 1 else stages[0]
+        return (
+            stages[min(self.step // (self.config.stage_steps or 1), len(stages) - 1)] if len(stages) > 1 else stages[0]
+        )
 
     def after_step(self) -> None:
         t = self.threshold()
