@@ -152,6 +152,22 @@ def test_the_dark_scheme_is_followed(finished):
     assert light["data-mark"] == "rgb(0, 105, 180)" and dark["data-mark"] == "rgb(68, 151, 220)"
 
 
+def test_on_paper_the_figures_are_drawn_for_the_paper(finished):
+    script = """
+    const widths = () => ["gaps", "pareto"].map((name) => {
+      return document.querySelector(`[data-figure=${name}] svg`).getAttribute("width");
+    });
+    document.documentElement.dataset.screen = widths();
+    dispatchEvent(new Event("beforeprint"));
+    document.documentElement.dataset.paper = widths();
+    dispatchEvent(new Event("afterprint"));
+    document.documentElement.dataset.again = widths();
+    """
+    root = browser.show(finished, script=script).root
+    assert root["data-paper"] == "690,325"
+    assert root["data-screen"] == root["data-again"] != root["data-paper"]
+
+
 STATES = {
     "nothing yet": ({}, []),
     "only failed runs": (

@@ -254,16 +254,24 @@
     });
   }
 
+  // the width of a column of the style sheet's grid, `least` and `gap` in rem
+  function column(full, least, gap) {
+    const rem = parseFloat(getComputedStyle(root).fontSize);
+    const columns = Math.max(1, Math.floor((full + gap * rem) / ((least + gap) * rem)));
+    return Math.floor((full - gap * rem * (columns - 1)) / columns);
+  }
+
   // ---- figure: learning rates, one small plot a method on shared axes
-  function rates(box) {
+  function rates(box, room) {
     const shown = ranked.filter((m) => new Set(m.grid.map((g) => g[0])).size > 1);
     if (!shown.length) return null;
     const scores = d3.sort(shown.flatMap((m) => m.grid.map((g) => g[2]).filter((v) => v !== null)));
     if (!scores.length) return null;
-    // good values decide the axis; a run that nearly diverged is an arrow at its edge
-    const bound = scores[Math.floor((scores.length - 1) * 0.85)];
+    // good values decide the axis, every method's best among them; a run that nearly diverged is an arrow at its edge
+    const bests = shown.map((m) => d3.min(m.grid, (g) => g[2] ?? Infinity)).filter(Number.isFinite);
+    const bound = Math.max(scores[Math.floor((scores.length - 1) * 0.85)], d3.max(bests));
     const domain = padded(d3.extent([scores[0], bound]), 0.12);
-    const width = Math.floor(Math.max(140, (box.clientWidth - 18 * Math.floor(box.clientWidth / 172 - 1)) / Math.max(1, Math.floor((box.clientWidth + 18) / 172))));
+    const width = column(room, 9.6, 1.1);
     const extent = d3.extent(shown.flatMap((m) => m.grid.map((g) => g[0])));
     return shown.map((m) => {
       const means = d3.sort(d3.rollups(m.grid, (v) => ({ y: d3.mean(v, (g) => g[2]), failed: v.every((g) => g[2] === null) }), (g) => g[0]), ([rate]) => rate)
@@ -291,7 +299,7 @@
   }
 
   // ---- figure: ranks, a strip a method
-  function ranks(box) {
+  function ranks(box, full) {
     const known = ranked.filter((m) => m.ranks);
     if (!known.length) return null;
     const even = (m) => d3.min(m.ranks.cells, (c) => c[2]) === d3.max(m.ranks.cells, (c) => c[2]);
@@ -300,7 +308,7 @@
     const said = d3.create("p").attr("class", "caption").text(`One rank in all modules: ${same.join(", ")}.`).node();
     if (!shown.length) return said;
     const extent = d3.extent(shown.flatMap((m) => m.ranks.cells.map((c) => c[2])));
-    const room = Math.min(box.clientWidth, 352 + Math.max(0, (box.clientWidth - 352) / (box.clientWidth >= 742 ? 3 : 1)));
+    const room = column(full, 22, 2.4);
     const strength = (rank) => 12 + (88 * (rank - Math.min(0, extent[0]))) / (extent[1] - Math.min(0, extent[0]) || 1);
     const strips = shown.map((m) => {
       const { kinds, layers, cells } = m.ranks;
@@ -331,7 +339,8 @@
 
   // ---- drawing all of it, again whenever the width changes
   const FIGURES = { gaps, pareto, curves, forgetting, rates, ranks };
-  function draw() {
+  const PAGE = 690; // CSS pixels across A4 or Letter between usual margins
+  function draw(printing = false) {
     let drawn = 0;
     for (const box of document.querySelectorAll("[data-figure]")) {
       const target = box.querySelector(":scope > .plot") ?? box;
@@ -339,7 +348,8 @@
       if (box.closest("section")) box.closest("section").hidden = false;
       let made;
       try {
-        made = FIGURES[box.dataset.figure](box, Math.floor(target.clientWidth));
+        const paper = box.closest(".two") ? PAGE / 2 - 20 : PAGE;
+        made = FIGURES[box.dataset.figure](box, Math.floor(printing ? paper : target.clientWidth));
       } catch (error) {
         note(`${box.dataset.figure}: ${error.message}`);
         made = d3.create("p").attr("class", "notice").text(`This figure could not be drawn: ${error.message}`).node();
@@ -375,8 +385,10 @@
   new ResizeObserver(() => {
     if (root.clientWidth === width) return;
     clearTimeout(waiting);
-    waiting = setTimeout(() => { width = root.clientWidth; draw(); }, 80);
+    waiting = setTimeout(() => { if (matchMedia("print").matches) return; width = root.clientWidth; draw(); }, 80);
   }).observe(document.body);
+  addEventListener("beforeprint", () => draw(true));
+  addEventListener("afterprint", () => draw());
   width = root.clientWidth;
   draw();
 })();
