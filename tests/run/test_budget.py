@@ -132,6 +132,24 @@ def test_counting_is_cheap():
     assert len(asked) == len(set(asked)) < 32
 
 
+def test_large_values_are_not_tried_in_vain():
+    """Counting VeRA at r = 16 million would draw its bases."""
+    asked = []
+
+    def count(value: int) -> int:
+        asked.append(value)
+        return 1000 + 7 * value
+
+    knob = solve_knob("r", count, 500)
+    assert (knob.value, knob.unreachable) == (1, True) and max(asked) <= 4
+
+    def constant(value: int) -> int:
+        asked.append(value)
+        return 1000
+
+    assert solve_knob("r", constant, 5000).unreachable and max(asked) <= 4
+
+
 def test_nothing_allowed_says_why():
     def count(value: int) -> int:
         raise UsageError("target modules match nothing")

@@ -359,15 +359,10 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def _say(self, text: str) -> None:
+    def stage(self, text: str) -> None:
+        """Something without runs to count; not worth a line of its own."""
         if self.bar is not None:
             self.bar.update(self.task, text=text)
-        else:
-            self.console.print(text, highlight=False, markup=False)
-
-    def stage(self, text: str) -> None:
-        """Something without runs to count."""
-        self._say(text)
 
     def planned(self, plan: Plan, header: Row) -> None:
         """Show the plan above the bar."""

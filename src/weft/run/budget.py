@@ -131,6 +131,12 @@ def solve_knob(name: str | None, count: Callable[[int], int], budget: int, *, li
         a, b = at(low), at(high)
         return a is not None and b is not None and (a <= budget) != (b <= budget)
 
+    def leads_away(probes: list[int]) -> bool:
+        """Whether larger values can only be further from the budget, or change nothing."""
+        counts = [known[value] or 0 for value in probes[-3:]]
+        before, now = counts[-2:]
+        return now > before > budget or now < before <= budget or (len(counts) == 3 and len(set(counts)) == 1)
+
     def near(low: int, high: int) -> int | None:
         """An allowed value strictly between, the middle one if possible (a knob may allow even values only)."""
         middle = (low + high) // 2
@@ -149,7 +155,7 @@ def solve_knob(name: str | None, count: Callable[[int], int], budget: int, *, li
         else:
             refused = 0
             probes.append(value)
-            if len(probes) > 1 and straddles(probes[-2], probes[-1]):
+            if len(probes) > 1 and (straddles(probes[-2], probes[-1]) or leads_away(probes)):
                 break
         value *= 2
     if not probes:

@@ -98,10 +98,10 @@ def plan_study(study: Study, observer: Observer | None = None) -> Plan:
     splits, tokenizer = load_data(study)
     notes = [f"Data: {line}." for line in splits.report.get("notes", [])]
     if not len(splits.test):
-        raise UsageError(f"data {study.data!r} has no test split; give --test-fraction above 0 or --test")
+        raise UsageError(f"data {study.data!r} has no test split; give --test-fraction above 0 or --test-data")
     if not len(splits.validation):
         raise UsageError(
-            f"data {study.data!r} has no validation split; give --validation-fraction above 0 or --validation"
+            f"data {study.data!r} has no validation split; give --validation-fraction above 0 or --validation-data"
         )
     from weft.run.models import load_base
 
