@@ -89,7 +89,8 @@ class Controller:
 
     def started(self, optimizer: Optimizer) -> None:
         if self.events and self.step == 0:
-            taken = optimizer.state.get(self.lead(), {}).get("step", 0)
+            lead = self.lead()
+            taken = optimizer.state.get(lead, {}).get("step", 0) if lead is not None else 0
             if taken > 0:
                 raise WeftError(
                     f"{self.config.slug()}: the optimiser was restored at step {int(taken)} but the method's own state "
@@ -222,7 +223,16 @@ class Controller:
     # --- copies and checkpoints ---------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        runtime = ("_versions", "_settled", "_held", "_hooked", "_added", "_penalty_cache", "_checked", "_differentiating")
+        runtime = (
+            "_versions",
+            "_settled",
+            "_held",
+            "_hooked",
+            "_added",
+            "_penalty_cache",
+            "_checked",
+            "_differentiating",
+        )
         return {k: v for k, v in self.__dict__.items() if k not in runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,7 +247,9 @@ class Controller:
 
     def checkpoint(self) -> dict[str, Tensor]:
         whole = type(self.deltas[0]).compact is not Delta.compact  # released tensors would lose capacity
-        tensors = {f"delta/{i}/{k}": v.detach().clone() for i, d in enumerate(self.deltas) for k, v in d.state_dict().items()}
+        tensors = {
+            f"delta/{i}/{k}": v.detach().clone() for i, d in enumerate(self.deltas) for k, v in d.state_dict().items()
+        }
         return {"step": torch.tensor(self.step), **(tensors if whole else {}), **self.state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:

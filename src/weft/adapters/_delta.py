@@ -224,6 +224,9 @@ class Experts(Several):
     def delta(self) -> Tensor:
         return torch.stack([d.delta() for d in self.leaves])
 
+    def bias_delta(self) -> None:
+        return None
+
 
 def leaves(module: nn.Module) -> list[Delta]:
     """The deltas behind one entry of a layer."""

@@ -1,8 +1,9 @@
 """From an adapter of weft to files that other programs read: a plain LoRA, a merged model, or the adapter itself.
 
-A LoRA export has one `r` and `lora_alpha = r`; scales are folded into B, smaller ranks are padded with zeros, and modules of
-rank 0 are left out of an explicit list of targets, because vLLM reads neither `rank_pattern` nor `alpha_pattern`
-(`compact=True` uses both instead of padding). Factors that a method has are copied, never sent through an SVD.
+A LoRA export has one `r` and `lora_alpha = r`; scales are folded into B, smaller ranks are padded with zeros, and
+modules of rank 0 are left out of an explicit list of targets, because vLLM reads neither `rank_pattern` nor
+`alpha_pattern` (`compact=True` uses both instead of padding). Factors that a method has are copied, never sent through
+an SVD.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _factors(delta: Delta, rank: int | None) -> Factors:
 
 @torch.no_grad()
 def _module_factors(layer: _Adapted, adapter: str, rank: int | None) -> list[Factors]:
-    """Factors of a layer: one pair, or one an expert. Blocks of a fused projection join into one pair, block-diagonal."""
+    """Factors of a layer: one pair, or one an expert. Blocks of a fused projection join block-diagonally."""
     entry = layer.deltas[adapter]
     pairs = [_factors(d, rank) for d in leaves(entry)]
     if isinstance(entry, Experts) or len(pairs) == 1:
@@ -150,7 +151,7 @@ def _module_factors(layer: _Adapted, adapter: str, rank: int | None) -> list[Fac
 def _relative_error(layer: _Adapted, adapter: str, pairs: list[Factors]) -> float:
     """‖B·A − ΔW‖ / ‖ΔW‖ of a layer, in float64."""
     with torch.no_grad():
-        dense = layer.deltas[adapter].delta().double()
+        dense = layer.entry(adapter).delta().double()
         made = torch.stack([b.double() @ a.double() for b, a in pairs]).view_as(dense)
         return float((made - dense).norm() / dense.norm().clamp_min(1e-30))
 
@@ -168,7 +169,9 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
     for name, layer in _layers(model, adapter).items():
         kind = getattr(layer, "kind", None)
         if isinstance(kind, Conv) and kind.groups > 1:
-            raise UsageError(f"{name} is a grouped convolution, which PEFT's LoRA factorises otherwise: export to merged")
+            raise UsageError(
+                f"{name} is a grouped convolution, which PEFT's LoRA factorises otherwise: export to merged"
+            )
         if any(d.bias_delta() is not None for d in leaves(layer.deltas[adapter])):
             raise UsageError(f"{method.slug} moves the bias of {name}, which a LoRA cannot hold: export to merged")
         pairs = _module_factors(layer, adapter, rank)
@@ -184,9 +187,17 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
         width = ranks[name] if compact else r
         tensors.update(_lora_tensors(name, _layers(model, adapter)[name], [_padded(p, width) for p in pairs]))
     marker = f"weft_{method.slug}_delta"
-    tensors.update({k: v.contiguous() for k, v in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items() if marker not in k})
+    tensors.update(
+        {
+            k: v.contiguous()
+            for k, v in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items()
+            if marker not in k
+        }
+    )
     _save_lora_config(folder, config, found, model, ranks if compact else {}, r)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     form = f"ranks {min(ranks.values())}..{r} in rank_pattern" if compact else f"r = lora_alpha = {r}"
     return f"a plain LoRA of {len(found)} modules, {form}; largest relative error of a ΔW: {worst:.1e}"
 
@@ -210,7 +221,10 @@ def _lora_tensors(name: str, layer: _Adapted, pairs: list[Factors]) -> dict[str,
     if isinstance(kind, Embedding):
         return {f"{root}.lora_embedding_A": a, f"{root}.lora_embedding_B": b}
     if isinstance(kind, Conv):
-        return {f"{root}.lora_A.weight": kind.native(a), f"{root}.lora_B.weight": b.reshape(*b.shape, *[1] * len(kind.kernel))}
+        return {
+            f"{root}.lora_A.weight": kind.native(a),
+            f"{root}.lora_B.weight": b.reshape(*b.shape, *[1] * len(kind.kernel)),
+        }
     return {f"{root}.lora_A.weight": a, f"{root}.lora_B.weight": b}
 
 
@@ -263,7 +277,11 @@ def _copy_tokenizer(name: str | None, folder: Path) -> str:
     if not name:
         return ""
     source = builtin.model_path(name) if name.startswith("builtin:") else Path(name)
-    files = [f for f in source.glob("*") if f.name.startswith(("tokenizer", "special_tokens", "vocab", "merges"))] if source.is_dir() else []
+    files = (
+        [f for f in source.glob("*") if f.name.startswith(("tokenizer", "special_tokens", "vocab", "merges"))]
+        if source.is_dir()
+        else []
+    )
     for file in files:
         shutil.copy(file, folder / file.name)
     return " with its tokenizer" if files else ""

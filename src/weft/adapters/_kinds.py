@@ -1,7 +1,7 @@
 """Kinds of weight: how an out × in matrix acts on what the module receives.
 
-A method thinks in matrices W (out × in) and inputs x (… × in). A kind translates: the weight's own layout to and from the
-matrix, and products with thin or full matrices to the module's native operation.
+A method thinks in matrices W (out × in) and inputs x (… × in). A kind translates: the weight's own layout to and
+from the matrix, and products with thin or full matrices to the module's native operation.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def kind_of(layer: nn.Module, name: str) -> Linear:
         raise UsageError(f"{name} is quantised ({weight.dtype}); adapters here serve floating-point weights")
     if isinstance(layer, nn.Linear):
         if type(weight) not in (nn.Parameter, Tensor) and type(weight).__module__.startswith("torchao"):
-            raise UsageError(f"{name} is quantised ({type(weight).__name__}); adapters here serve floating-point weights")
+            raise UsageError(
+                f"{name} is quantised ({type(weight).__name__}); adapters here serve floating-point weights"
+            )
         return Linear()
     if isinstance(layer, Conv1D):
         return TransposedLinear()

@@ -50,6 +50,10 @@ class _Adapted(BaseTunerLayer):
         """The adapters on this weight, by name."""
         return getattr(self, self.adapter_layer_names[0])
 
+    def entry(self, adapter: str) -> Any:
+        """One adapter: a Delta, or Several."""
+        return self.deltas[adapter]
+
     def original(self) -> nn.Parameter:
         """The wrapped parameter."""
         raise NotImplementedError
@@ -90,7 +94,7 @@ class _Adapted(BaseTunerLayer):
 
         Whether the model happens to be training must not matter: a drawn rank or gate is nothing to merge.
         """
-        entry = self.deltas[adapter]
+        entry = self.entry(adapter)
         training = entry.training
         try:
             with torch.no_grad():
@@ -116,7 +120,7 @@ class _Adapted(BaseTunerLayer):
         total, shift = w0.to(wide), None
         for name in [*self.merged_adapters, *names]:
             total = total + self.get_delta_weight(name).to(wide)
-            moved = self.deltas[name].bias_delta() if hasattr(self.deltas[name], "bias_delta") else None
+            moved = self.entry(name).bias_delta()
             if moved is not None:
                 shift = moved if shift is None else shift + moved
         merged = total.to(w0.dtype)
@@ -230,7 +234,8 @@ class AdaptedModule(nn.Module, _Adapted):
             return self.base_layer(x, *args, **kwargs)
         self._watch(deltas)
         if len(deltas) == 1 and self._may_fold() and deltas[0].folds(x):
-            base, delta = self.base_layer, deltas[0]
+            base: Any = self.base_layer
+            delta = deltas[0]
             w = self.kind.matrix(base.weight) + delta.delta().to(base.weight.dtype)
             bias, shift = base.bias, delta.bias_delta()
             if shift is not None:
@@ -306,7 +311,8 @@ class ParamWrapper(nn.Module, _Adapted):
         self._watch(deltas)
         w = self.original()
         moved = w + torch.stack([self.to_native(d.delta()) for d in deltas]).sum(0).to(w.dtype)
-        inner, path = self.base_layer, self.parameter_name
+        inner: Any = self.base_layer
+        path = self.parameter_name
         while hasattr(inner, "base_layer"):
             inner, path = inner.base_layer, f"base_layer.{path}"
         return torch.func.functional_call(self.base_layer, {path: moved}, args, kwargs)
@@ -314,7 +320,7 @@ class ParamWrapper(nn.Module, _Adapted):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        layer: nn.Module = self
+        layer: Any = self
         while isinstance(layer, ParamWrapper):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -364,7 +370,8 @@ class AdapterModel(BaseTuner):
         ]
         if targets is not None and not any(check_target_module_exists(peft_config, n) for n in names):
             raise UsageError(
-                f"target_modules={targets!r} matches nothing in {type(model).__name__}; there are: {', '.join(_suffixes(model))}"
+                f"target_modules={targets!r} matches nothing in {type(model).__name__}; "
+                f"there are: {', '.join(_suffixes(model))}"
             )
 
     def _create_and_replace(
@@ -388,8 +395,8 @@ class AdapterModel(BaseTuner):
             if tied is not None:
                 others = " and ".join(n for n in tied if n != f"{current_key}.weight")
                 raise UsageError(
-                    f"{current_key} shares its weight with {others}, so an adapter on one would silently move the other: "
-                    "leave it out, or load the model with tie_word_embeddings=False"
+                    f"{current_key} shares its weight with {others}, so an adapter on one would silently move the "
+                    "other: leave it out, or load the model with tie_word_embeddings=False"
                 )
             layer: nn.Module = self.layer_cls(target, current_key)
         else:

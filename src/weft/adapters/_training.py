@@ -1,4 +1,4 @@
-"""Training with adapters: what must happen before attaching, the optimiser with its groups, and steps taken outside torch."""
+"""Training with adapters: what happens before attaching, the optimiser and its groups, steps taken outside torch."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
             adapter.update(map(id, named.values()))
             declared.update({id(named[name]): group for name, group in module.groups(module.config).items()})
     buckets: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if not p.requires_grad:
             continue
         group = declared.get(id(p), Group())
@@ -100,9 +100,11 @@ def optimizer_and_scheduler(
     `Trainer.train(resume_from_checkpoint=...)` goes on as if never interrupted. The schedule needs the number of steps:
     `num_training_steps` or `args.max_steps`; without either it is None and Trainer makes its own.
     """
-    optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     kwargs = {k: v for k, v in kwargs.items() if k != "lr"}
-    optimizer = optimizer_class(parameter_groups(model, args.learning_rate, args.weight_decay), lr=args.learning_rate, **kwargs)
+    optimizer = optimizer_class(
+        parameter_groups(model, args.learning_rate, args.weight_decay), lr=args.learning_rate, **kwargs
+    )
     adopt_state(optimizer)
     total = num_training_steps or (args.max_steps if args.max_steps > 0 else None)
     stages = max((d.stages(d.config) for d in model.modules() if isinstance(d, Delta)), default=1)
@@ -112,7 +114,11 @@ def optimizer_and_scheduler(
         return optimizer, None
     length = -(-total // stages)
     scheduler = get_scheduler(
-        args.lr_scheduler_type, optimizer, args.get_warmup_steps(length), length, getattr(args, "lr_scheduler_kwargs", None)
+        args.lr_scheduler_type,
+        optimizer,
+        args.get_warmup_steps(length),
+        length,
+        getattr(args, "lr_scheduler_kwargs", None),
     )
     if stages > 1:
         inner = scheduler.lr_lambdas[0]  # the same for all groups

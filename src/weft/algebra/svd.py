@@ -1,8 +1,7 @@
 """Truncated singular value decompositions, as fast as the rank allows, with canonical signs.
 
-Three engines: the eigendecomposition of the smaller Gram matrix in float64 (all ranks; several times faster than
-`torch.linalg.svd`), a range finder with power iterations (small ranks) and LAPACK's SVD (when the Gram matrix has lost
-the small singular values that were asked for).
+Two engines: the eigendecomposition of the smaller Gram matrix in float64 (exact, faster than `torch.linalg.svd` and much
+faster for matrices that are not square) and a range finder with power iterations (approximate, for small ranks).
 """
 
 from __future__ import annotations
@@ -10,38 +9,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The Gram matrix squares the condition number: a left vector u = W v / σ carries an error of eps·(σ₁/σ)², so in float64
-# ratios below 1e-6 would cost float32's precision.
-GRAM_FLOOR = 1e-6
+# The Gram matrix squares the condition number: u = W v / σ is off by eps·(σ₁/σ)². Values below this share of σ₁ are
+# found again without squaring: float32 keeps its 1e-8, float64 1e-13.
+_FLOOR = {torch.float64: 0.03}
+_FLOOR_NARROW = 1e-4
 
 
-def svd_top(w: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def svd_top(w: Tensor, r: int | None = None, *, energy: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """The r largest singular triplets of w (out × in): U (out × r), S (r,) descending, Vᵀ (r × in), in w's dtype.
 
-    Exact to the working precision. Signs are canonical: the largest-magnitude entry of each row of Vᵀ is positive.
+    Without r, the fewest triplets that hold `energy` of Σσ². Exact to w's precision, orthonormal for any w (zero too).
+    Signs are canonical: the largest-magnitude entry of each row of Vᵀ is positive.
     """
     out, in_ = w.shape
-    if not 1 <= r <= min(out, in_):
+    if r is not None and not 1 <= r <= min(out, in_):
         raise ValueError(f"r={r} is not within 1..{min(out, in_)}, the ranks of a {out} × {in_} matrix")
-    x = w.double()
-    tall = out >= in_
-    gram = x.mT @ x if tall else x @ x.mT
-    values, vectors = torch.linalg.eigh(gram)  # ascending
-    s = values[-r:].flip(0).clamp(min=0).sqrt()
-    if s[-1] <= GRAM_FLOOR * s[0]:
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        u, s, vh = u[:, :r], s[:r], vh[:r]
-    elif tall:
-        v = vectors[:, -r:].flip(1)
-        u, vh = (x @ v) / s, v.mT
+    x = w.double() if out >= in_ else w.double().mT  # tall: m × k
+    values, v = torch.linalg.eigh(x.mT @ x)  # ascending
+    s, v = values.flip(0).clamp(min=0).sqrt(), v.flip(1)
+    r = rank_for_energy(s, energy) if r is None else r
+    head = int((s > _FLOOR.get(w.dtype, _FLOOR_NARROW) * s[0]).sum())
+    if r <= head:
+        s, v = s[:r], v[:, :r]
+        u = (x @ v) / s
     else:
-        u = vectors[:, -r:].flip(1)
-        vh = (u.mT @ x) / s[:, None]
-    u, vh = canonical_signs(u, vh)
+        u, s, v = (t[..., :r] for t in _without_squaring(x, s, v, head))
+    if out >= in_:
+        u, vh = canonical_signs(u, v.mT)
+    else:
+        u, vh = canonical_signs(v, u.mT)
     return u.to(w.dtype).contiguous(), s.to(w.dtype), vh.to(w.dtype).contiguous()
 
 
-def svd_sketch(w: Tensor, r: int, *, oversample: int, power: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _without_squaring(x: Tensor, s: Tensor, v: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All triplets of x (m × k, tall), those from `head` on by LAPACK in the space that the first ones leave free.
+
+    What is neglected, the overlap of x·v_tail with the head's left vectors, is below eps·σ₁/floor.
+    """
+    u = (x @ v[:, :head]) / s[:head]
+    q, t = torch.linalg.qr(torch.cat([u, x @ v[:, head:]], dim=1))  # Householder: orthonormal whatever the rank
+    ut, st, vt = torch.linalg.svd(t[head:, head:])
+    return (
+        torch.cat([u, q[:, head:] @ ut], dim=1),
+        torch.cat([s[:head], st]),
+        torch.cat([v[:, :head], v[:, head:] @ vt.mT], dim=1),
+    )
+
+
+def svd_sketch(
+    w: Tensor, r: int, *, oversample: int, power: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `svd_top`, from a randomised range finder: about 4·(power + 1)·out·in·(r + oversample) operations.
 
     The generator lives on the CPU, so that the sketch is the same on every device.
@@ -53,8 +70,7 @@ def svd_sketch(w: Tensor, r: int, *, oversample: int, power: int, generator: tor
         y = w @ torch.linalg.qr(w.mT @ torch.linalg.qr(y).Q).Q
     basis = torch.linalg.qr(y).Q  # out × q
     u, s, vh = svd_top(basis.mT @ w, min(r, q))
-    u, vh = canonical_signs(basis @ u, vh)
-    return u.contiguous(), s, vh.contiguous()
+    return (basis @ u).contiguous(), s, vh
 
 
 def canonical_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,99 @@
+"""What `import weft` does and costs, in new processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+READY = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'WEFT_SORA' in m, sorted(m)\n"
+HOOK_GONE = "assert not any('weft' in type(f).__module__ for f in sys.meta_path), sys.meta_path\n"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light() -> None:
+    run(
+        "import weft\nheavy = {'torch', 'peft', 'transformers', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import weft, peft", "import peft, weft", "import transformers, weft, peft", "import weft, transformers, peft"],
+)
+def test_methods_are_known_to_peft_in_any_import_order(imports: str) -> None:
+    run(f"{imports}\n{READY}{HOOK_GONE}")
+
+
+def test_using_a_config_is_enough() -> None:
+    run(f"import weft\nweft.SoraConfig(r=4)\n{READY}{HOOK_GONE}")
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    run(
+        "import weft\n"
+        "try:\n    weft.SorraConfig\n"
+        "except AttributeError as e:\n    assert 'SorraConfig' in str(e)\n"
+        "else:\n    raise SystemExit(1)"
+    )
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_know_the_methods(method: str, tmp_path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import multiprocessing as mp, weft\n"
+        "def work(config):\n"
+        "    import peft\n"
+        "    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\n"
+        "    return type(config).__name__, config.peft_type in m, config.r\n"
+        "if __name__ == '__main__':\n"
+        f"    with mp.get_context({method!r}).Pool(1) as pool:\n"
+        "        assert pool.apply(work, (weft.SoraConfig(r=5),)) == ('SoraConfig', True, 5)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_configs_survive_pickle_copy_and_json(tmp_path) -> None:
+    run(
+        "import weft, pickle, copy, json, peft\n"
+        "for slug in weft.cards('adapters'):\n"
+        "    c = weft.config_class(slug)()\n"
+        "    for d in (pickle.loads(pickle.dumps(c)), copy.deepcopy(c), copy.copy(c)):\n"
+        "        assert d.to_dict() == c.to_dict() and type(d) is type(c), slug\n"
+        f"    c.save_pretrained({str(tmp_path)!r})\n"
+        f"    e = peft.PeftConfig.from_pretrained({str(tmp_path)!r})\n"
+        "    assert type(e) is type(c) and json.dumps(e.to_dict(), default=str), slug\n"
+    )
+
+
+def test_the_enum_shim_behaves_like_a_member() -> None:
+    run(
+        "import weft, pickle\nfrom peft.utils import PeftType\nweft.SoraConfig\n"
+        "t = PeftType('WEFT_SORA')\n"
+        "assert t is PeftType['WEFT_SORA'] is PeftType.WEFT_SORA and t in list(PeftType) and t == 'WEFT_SORA'\n"
+        "assert pickle.loads(pickle.dumps(t)) is t and t.value.lower() == 'weft_sora'\n"
+    )
+
+
+def test_stub_is_current() -> None:
+    done = subprocess.run([sys.executable, "-m", "weft._stubs", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_resolves_and_is_documented() -> None:
+    out = run(
+        "import weft, json\n"
+        "names = [n for n in dir(weft) if n != '__version__']\n"
+        "print(json.dumps({n: bool((getattr(weft, n).__doc__ or '').strip()) for n in names}))"
+    )
+    missing = [name for name, documented in json.loads(out).items() if not documented]
+    assert not missing
