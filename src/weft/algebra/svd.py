@@ -1,7 +1,7 @@
 """Truncated singular value decompositions, as fast as the rank allows, with canonical signs.
 
-Two engines: the eigendecomposition of the smaller Gram matrix in float64 (exact, faster than `torch.linalg.svd` and much
-faster for matrices that are not square) and a range finder with power iterations (approximate, for small ranks).
+Two engines: the eigendecomposition of the smaller Gram matrix in float64 (exact; faster than `torch.linalg.svd`, most of
+all for matrices that are not square) and a range finder with power iterations (approximate, for small ranks).
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ def svd_top(w: Tensor, r: int | None = None, *, energy: float = 1.0) -> tuple[Te
         u = (x @ v) / s
     else:
         u, s, v = (t[..., :r] for t in _without_squaring(x, s, v, head))
-    if out >= in_:
-        u, vh = canonical_signs(u, v.mT)
-    else:
-        u, vh = canonical_signs(v, u.mT)
-    return u.to(w.dtype).contiguous(), s.to(w.dtype), vh.to(w.dtype).contiguous()
+    u, vh = (u, v.mT) if out >= in_ else (v, u.mT)
+    u, vh = canonical_signs(u.to(w.dtype), vh.to(w.dtype))
+    return u.contiguous(), s.to(w.dtype), vh.contiguous()
 
 
 def _without_squaring(x: Tensor, s: Tensor, v: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
