@@ -117,7 +117,8 @@ class Delta(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x·ΔWᵀ (+ Δbias)."""
-        m = self.delta().to(self._compute_dtype(x))
+        m = self.delta()
+        m = m.to(self._compute_dtype(x, m))
         bias = self.bias_delta()
         return self.kind.dense(self._drop(x), m, None if bias is None else bias.to(m.dtype))
 
@@ -133,8 +134,8 @@ class Delta(nn.Module):
         return self.kind.drop(x, self.dropout, self.training) if self.dropout else x
 
     @staticmethod
-    def _compute_dtype(x: Tensor) -> torch.dtype:
-        return x.dtype if x.is_floating_point() else torch.float32
+    def _compute_dtype(x: Tensor, own: Tensor) -> torch.dtype:
+        return x.dtype if x.is_floating_point() else own.dtype  # indices carry no precision
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Delta:
         def widen(t: Tensor) -> Tensor:
@@ -174,8 +175,8 @@ class LowRankDelta(Delta):
     def forward(self, x: Tensor) -> Tensor:
         b, a = self.factors()
         if b.shape[1] == 0:
-            return self.kind.dense(x, b @ a).to(self._compute_dtype(x))
-        dtype = self._compute_dtype(x)
+            return self.kind.dense(x, b @ a).to(self._compute_dtype(x, a))
+        dtype = self._compute_dtype(x, a)
         h = self.kind.down(self._drop(x), a.to(dtype))
         return self.kind.up(h, b.to(dtype))
 
@@ -183,7 +184,7 @@ class LowRankDelta(Delta):
         b, a = self.factors()
         if b.shape[1] == 0:
             return y
-        dtype = self._compute_dtype(x)
+        dtype = self._compute_dtype(x, a)
         h = self.kind.down(self._drop(x), a.to(dtype))
         if h.dtype != y.dtype:
             return y + self.kind.up(h, b.to(dtype)).to(y.dtype)

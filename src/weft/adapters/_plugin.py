@@ -348,6 +348,7 @@ class AdapterModel(BaseTuner):
 
     slug: str
     layer_cls: type[AdaptedModule]
+    linear_cls: type[AdaptedModule]
     wrapper_cls: type[ParamWrapper]
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -398,7 +399,8 @@ class AdapterModel(BaseTuner):
                     f"{current_key} shares its weight with {others}, so an adapter on one would silently move the "
                     "other: leave it out, or load the model with tie_word_embeddings=False"
                 )
-            layer: nn.Module = self.layer_cls(target, current_key)
+            make = self.linear_cls if isinstance(target, nn.Linear | Conv1D) else self.layer_cls
+            layer: nn.Module = make(target, current_key)
         else:
             layer = self.wrapper_cls(target, current_key, parameter_name)
         layer.train(target.training)
@@ -546,8 +548,19 @@ def _make_classes(slug: str) -> type[AdapterModel]:
     shared = {"slug": slug, "adapter_layer_names": (f"{prefix}delta",), "__module__": __name__}
     layer = type(class_name(slug, "Layer"), (AdaptedModule,), shared)
     wrapper = type("ParamWrapper", (ParamWrapper,), shared)
-    globals()[layer.__name__] = layer  # so that a whole model can be pickled by its owner
-    members = {"slug": slug, "prefix": prefix, "tuner_layer_cls": _Adapted, "layer_cls": layer, "wrapper_cls": wrapper}
+    # "all-linear" finds layers that are adapted already by this word in their class's name
+    linear = type(class_name(slug, "Linear"), (layer,), {"__module__": __name__})
+    globals().update(
+        {cls.__name__: cls for cls in (layer, linear)}
+    )  # so that a whole model can be pickled by its owner
+    members = {
+        "slug": slug,
+        "prefix": prefix,
+        "tuner_layer_cls": _Adapted,
+        "layer_cls": layer,
+        "linear_cls": linear,
+        "wrapper_cls": wrapper,
+    }
     return type(class_name(slug, "Model"), (AdapterModel,), {**members, "__module__": __name__})
 
 
