@@ -69,6 +69,20 @@ def attach(
     return (model.double() if dtype == torch.float64 else model).eval()
 
 
+def attach_two(slug: str, cell: tiny.Cell = tiny.SMALL, dtype: torch.dtype = torch.float32, **given: Any) -> nn.Module:
+    """Adapters "default" and "second", both active, both randomised, each prepared on the untouched base."""
+    torch.manual_seed(0)
+    base = tiny.base(cell, dtype)
+    first, second = (configure(slug, base, cell, **given) for _ in range(2))
+    model = get_peft_model(base, first)
+    model.add_adapter("second", second)
+    model = (model.double() if dtype == torch.float64 else model).eval()
+    randomise(model, "default", 0.1)
+    randomise(model, "second", -0.07)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Adapted modules and parameters, in the model's order."""
     for name, module in model.named_modules():
