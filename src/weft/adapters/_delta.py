@@ -172,13 +172,17 @@ class LowRankDelta(Delta):
         u, s, vh = torch.linalg.svd(rb @ ra.mT)
         return qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.mT
 
+    def up(self, h: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+        """h·Bᵀ, added onto the layer's result where that is given; the place to bend a gradient."""
+        return self.kind.up(h, b, onto)
+
     def forward(self, x: Tensor) -> Tensor:
         b, a = self.factors()
         if b.shape[1] == 0:
             return self.kind.dense(x, b @ a).to(self._compute_dtype(x, a))
         dtype = self._compute_dtype(x, a)
         h = self.kind.down(self._drop(x), a.to(dtype))
-        return self.kind.up(h, b.to(dtype))
+        return self.up(h, b.to(dtype))
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         b, a = self.factors()
@@ -187,8 +191,8 @@ class LowRankDelta(Delta):
         dtype = self._compute_dtype(x, a)
         h = self.kind.down(self._drop(x), a.to(dtype))
         if h.dtype != y.dtype:
-            return y + self.kind.up(h, b.to(dtype)).to(y.dtype)
-        return self.kind.up(h, b.to(dtype), onto=y)
+            return y + self.up(h, b.to(dtype)).to(y.dtype)
+        return self.up(h, b.to(dtype), onto=y)
 
 
 class Several(nn.ModuleList):
