@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from weft.cli.compare import study_command
 from weft.cli.main import run
-from weft.errors import UsageError
+from weft.errors import UsageError, WeftError
 from weft.run import spread
 from weft.run.budget import parse_budget
 from weft.run.compare import compare
@@ -288,6 +288,19 @@ def test_ray_is_an_extra(place, monkeypatch):
     with pytest.raises(UsageError, match=r"--ray needs the extra `weft\[ray\]`"):
         compare(_study(place), place / "nowhere", ray="auto")
     assert not (place / "nowhere").exists()
+
+
+def test_a_ray_cluster_that_is_not_there(place, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(spread.importlib.util, "find_spec", lambda name: name)
+    with socket.socket() as taken:  # a port that is bound and listens to nobody
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(WeftError, match=f"no Ray cluster answers at --ray '{address}'"):
+            compare(_study(place), place / "nowhere", ray=address)
+    with pytest.raises(UsageError, match="--ray 'everywhere' is not an address; give HOST:PORT"):
+        compare(_study(place), place / "nowhere", ray="everywhere")
 
 
 @pytest.mark.parametrize(

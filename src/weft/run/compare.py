@@ -122,7 +122,7 @@ def compare(
     output = Path(output)
     request = request_of(study, versions())
     if ray is not None:
-        spread.check_ray()
+        spread.check_ray(ray)
     if not read_rows(output / "results.jsonl")[0]:  # else the plan is in the file, and a changed request refused
         plan = plan_study(study, observer)
     results = open_results(output, request, retry_failed=retry_failed)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -178,10 +179,18 @@ def alone(function: Function, context: Json, task: Json, threads: int) -> Json |
         pool.close()
 
 
-def check_ray() -> None:
-    """Refuse before any work where Ray is not installed."""
+def check_ray(address: str) -> None:
+    """Refuse before any work where Ray is not installed, or nobody listens (Ray itself tries for minutes)."""
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--ray needs the extra `weft[ray]`: pip install 'weft[ray]'")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            raise WeftError(f"no Ray cluster answers at --ray {address!r}: {error}") from error
+    elif address not in ("auto", "local"):
+        raise UsageError(f"--ray {address!r} is not an address; give HOST:PORT, ray://HOST:PORT, auto or local")
 
 
 class Ray:
@@ -192,7 +201,7 @@ class Ray:
     """
 
     def __init__(self, address: str, function: Function, context: Json, threads: int) -> None:
-        check_ray()
+        check_ray(address)
         import ray
 
         self._ray = ray

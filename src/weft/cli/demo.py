@@ -1,0 +1,97 @@
+"""See a whole comparison in minutes: four adapters on the embedded model. A demo, not evidence.
+
+Everything it needs comes with weft and with Python itself: no network, no GPU, at most 500 optimiser steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from weft.run.study import Row, Study
+
+MODEL, DATA = "builtin:pycode", "builtin:pydocs"
+METHODS = ("peft:lora", "sora", "dylora", "svfit")
+STEPS = 500  # optimiser steps at most, of all runs together
+SEEDS = 2
+GRID_POINTS, MEASURE_STEPS = 3, 6
+
+
+def command(
+    output: Annotated[Path, typer.Option(help="Folder for results.jsonl and report.html.")] = Path("demo"),
+    workers: Annotated[int | None, typer.Option(help="Runs at a time; by default one a core.")] = None,
+) -> None:
+    """Compare LoRA, SoRA, DyLoRA and SVFit on the embedded model in a few minutes, and write a report.
+
+    The model knows Python code; the text is Python's own documentation, which is prose.
+    """
+    from weft.cli.compare import run_study, study_command
+    from weft.run.budget import Budget, share_steps
+
+    steps, _ = share_steps(STEPS, len(METHODS), SEEDS, GRID_POINTS, MEASURE_STEPS)
+    study = demo_study(Budget(steps=steps))
+    total = len(METHODS) * ((GRID_POINTS + SEEDS) * steps + MEASURE_STEPS)
+    note = (
+        f"Of at most {STEPS} optimiser steps {total} were planned: for each of {len(METHODS)} methods {GRID_POINTS} "
+        f"learning rates and {SEEDS} seeds of {steps} steps, and {MEASURE_STEPS} steps to measure time and memory."
+    )
+    full = study_command(full_study(), "runs/pydocs")
+    again = f"weft demo --output {output}"
+    header = {"demo": True, "full_command": full, "notes": [note], "command": again}
+    rows = run_study(study, output, workers=workers, header=header, again=again)
+    for line in closing_lines(rows, note, full):
+        print(line)
+
+
+def demo_study(budget: Any) -> Study:
+    """Four methods, few steps, one learning-rate grid without extension, the base model as reference."""
+    from weft.run.study import Study
+
+    return Study(
+        model=MODEL,
+        data=DATA,
+        methods=METHODS,
+        budget=budget,
+        seeds=SEEDS,
+        references=("base",),
+        batch_size=8,
+        max_length=128,
+        grid_points=GRID_POINTS,
+        grid_factor=5.0,
+        grid_extend=0,
+        measure_steps=MEASURE_STEPS,
+        measure_repeats=1,
+        evaluations=3,
+    )
+
+
+def full_study() -> Study:
+    """The comparison that the demo is a glimpse of: every adapter of weft and PEFT's nearest, three seeds."""
+    from weft import registry
+    from weft.run.budget import Budget
+    from weft.run.study import Study
+
+    peft = ("peft:lora", "peft:dora", "peft:pissa", "peft:adalora", "peft:vera", "peft:randlora")
+    methods = (*sorted(registry.cards("adapters")), *peft)
+    return Study(model=MODEL, data=DATA, methods=methods, budget=Budget(params=50_000, steps=300), seeds=3)
+
+
+def closing_lines(rows: list[Row], note: str, full: str) -> list[str]:
+    """By what factor adapting cut the perplexity, how the steps were spent, and what to run for real."""
+    base = next((row["test"] for row in rows if row.get("method") == "base" and row.get("test")), None)
+    reached: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("phase") == "final" and row["status"] == "ok":
+            reached.setdefault(row["method"], []).append(row["test"]["perplexity"])
+    lines = []
+    if base is not None and reached:
+        means = {method: sum(values) / len(values) for method, values in reached.items()}
+        best = min(means, key=lambda method: means[method])
+        lines.append(
+            f"Adapting with {best} cut the perplexity on unseen text from {base['perplexity']:.1f} to "
+            f"{means[best]:.1f}: by a factor of {base['perplexity'] / means[best]:.1f}."
+        )
+    return [*lines, note, "This was a demo, too short to choose a method by. The full study:", f"  {full}"]
