@@ -154,22 +154,12 @@ class Study:
         if len(self.ranking.standings) == 1:
             return f"{best.method} reached {what} {reached}; no other method has finished to rank it against."
         so_far = f", with {self.finished} of {self.expected} final runs in" if self.finished < self.expected else ""
-        group = [each for each in standings[1:] if each.rank == best.rank]
-        tied = [best, *(each for each in group if self.ranking.pair(best.method, each.method).better is None)]
-        # a shared rank is a chain of ties: its far end may be surely behind the first
-        behind = [each.method for each in group if each not in tied]
-        if len(tied) == 1 and not behind:
+        tied = [each for each in standings if each.rank == best.rank]  # one rank: tied with each other
+        if len(tied) == 1:
             return f"{best.method} ranks first{so_far}: {what} {reached}."
         who = [each.method for each in tied]
         named = f"{len(who)} methods, {best.method} with the best mean," if len(who) > 4 else listing(who)
-        said = f"{named} tie for first{so_far}: {show(best.mean)} to {show(tied[-1].mean)}{unit}"
-        if len(tied) == 1:
-            said = f"{best.method} ranks first{so_far}: {what} {reached}"
-        if behind:
-            more = listing(behind) if len(behind) < 4 else f"{len(behind)} more"
-            shares = "shares" if len(behind) == 1 else "share"
-            said += f"; {more} {shares} the rank through ties in between, but not with {best.method}"
-        return f"{said}."
+        return f"{named} tie for first{so_far}: {show(best.mean)} to {show(tied[-1].mean)}{unit}."
 
     @property
     def against_base(self) -> str | None:

@@ -4,15 +4,17 @@ A score of one run is a ratio of sums over the test documents: nats per token (�
 answers (Σ right / Σ 1). Two runs of one seed saw the same documents and the same batches, so that their difference is
 taken document by document and seed by seed: each bootstrap draw picks documents and seeds once, for all methods alike.
 
-A method stands above another only if the 95 % interval of their difference excludes zero. Since "not sure" is not
-transitive, the list (sorted by mean) is cut only where *every* method before the cut is surely better than *every* one
-behind it; what lies between two cuts shares one rank.
+A method is surely better than another where the 95 % interval of their difference excludes zero, and a method's rank is
+one more than the number of methods that are surely better than it. So a surely worse method never shares a rank, let
+alone leads, and methods of one rank are tied with each other. A tie is a statement about two methods, not about a
+group: a noisy method can be tied with the first while a third, with a better mean, is surely behind the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -50,12 +52,12 @@ class Standing:
     """One line of the ranking.
 
     Attributes:
-        rank: 1 for the best; methods that are not surely apart share a rank (1, 1, 3).
+        rank: 1 + the number of methods surely better than this one (1, 1, 3).
         mean: over seeds, of the score on the whole test split.
         spread: standard deviation over seeds (n - 1), 0 for a single seed.
         low, high: the bootstrap interval of the mean.
         seeds: how many runs count.
-        tied: the others of the same rank.
+        tied: the others whose difference from this one has an interval that holds zero, best first, of any rank.
         collapsed: a perplexity of twice the base model's or more: it has no place in an ordering, whatever its rank.
     """
 
@@ -72,7 +74,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The standings, best first, and every pair behind them."""
+    """The standings by rank, then by mean, and every pair behind them."""
 
     standings: tuple[Standing, ...]
     pairs: tuple[Pair, ...]
@@ -175,20 +177,33 @@ def rank(
                 better = a if sign * low < 0 and sign * high < 0 else b
             pairs[a, b] = Pair(a, b, mean(a, common) - mean(b, common), low, high, better)
 
-    groups: list[list[str]] = []
-    for index, name in enumerate(names):
-        sure = all(pairs[before, behind].better == before for before in names[:index] for behind in names[index:])
-        if index == 0 or sure:
-            groups.append([])
-        groups[-1].append(name)
-    standings = []
-    for group in groups:
-        first = 1 + len(standings)
-        standings += [
-            _standing(name, first, results[name], exact, drawn, tuple(other for other in group if other != name), seed)
-            for name in group
-        ]
+    above = _above(names, pairs.values())
+    names.sort(key=lambda name: len(above[name]))  # stable: by mean within a rank
+    tied: dict[str, list[str]] = {name: [] for name in names}
+    for name, other in permutations(names, 2):
+        if pairs[(name, other) if (name, other) in pairs else (other, name)].better is None:
+            tied[name].append(other)
+    standings = [
+        _standing(name, 1 + len(above[name]), results[name], exact, drawn, tuple(tied[name]), seed) for name in names
+    ]
     return Ranking(tuple(standings), tuple(pairs.values()))
+
+
+def _above(names: Sequence[str], pairs: Iterable[Pair]) -> dict[str, set[str]]:
+    """For each method those that are surely better, themselves or by way of a third.
+
+    The detour matters only where runs failed: "a" may beat "b" on one seed and "b" beat "c" on another while "a" and
+    "c" have none in common. Without it "c" could stand level with "b", or above it.
+    """
+    above: dict[str, set[str]] = {name: set() for name in names}
+    for pair in pairs:
+        if pair.better is not None:
+            above[pair.a if pair.better == pair.b else pair.b].add(pair.better)
+    for third in names:
+        for others in above.values():
+            if third in others:
+                others |= above[third]
+    return {name: others - {name} for name, others in above.items()}
 
 
 def _standing(
