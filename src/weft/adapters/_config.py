@@ -73,6 +73,7 @@ class AdapterConfig(PeftConfig):
     # Written when an adapter is saved; a config that carries them describes tensors to come from a file.
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"stored": True})
     base_sketch: dict[str, list[float]] | None = field(default=None, metadata={"stored": True})
+    checksums: dict[str, str] = field(default_factory=dict, metadata={"stored": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -246,11 +246,13 @@ class Controller:
         return f"{self.config.slug()}/{self.deltas[0].name}"
 
     def checkpoint(self) -> dict[str, Tensor]:
-        whole = type(self.deltas[0]).compact is not Delta.compact  # released tensors would lose capacity
-        tensors = {
-            f"delta/{i}/{k}": v.detach().clone() for i, d in enumerate(self.deltas) for k, v in d.state_dict().items()
-        }
-        return {"step": torch.tensor(self.step), **(tensors if whole else {}), **self.state()}
+        tensors = {}
+        for i, d in enumerate(self.deltas):
+            whole = d.state_dict()
+            released, _ = d.compact(dict(whole))
+            if any(released.get(k) is not v for k, v in whole.items()):  # the released adapter has lost capacity
+                tensors.update({f"delta/{i}/{k}": v.detach().clone() for k, v in whole.items()})
+        return {"step": torch.tensor(self.step), **tensors, **self.state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.step = int(state["step"])

@@ -449,7 +449,7 @@ class AdapterModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        released = config.release = {"rank_pattern": {}, "base_sketch": {}}
+        released = config.release = {"rank_pattern": {}, "base_sketch": {}, "checksums": {}}
         for name, layer in cls._layers(model, adapter_name):
             original = layer._originals[0] if layer._originals is not None else layer.original()
             released["base_sketch"][layer.module_name] = _sketch.sketch(original)
@@ -457,6 +457,7 @@ class AdapterModel(BaseTuner):
             for i, (prefix, delta) in enumerate(named_leaves(layer.deltas[adapter_name]).items()):
                 own = {k.removeprefix(root + prefix): v for k, v in kept.items() if k.startswith(root + prefix)}
                 compacted, rank = delta.compact(own)
+                released["checksums"].update(delta.checksums())
                 if rank is not None:
                     released["rank_pattern"][layer.module_name + (f"#{i}" if prefix else "")] = rank
                 for k in own:
