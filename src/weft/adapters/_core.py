@@ -1,4 +1,4 @@
-"""Frozen factors with a trainable core: ΔW = B·C·A, where C is what is trained (diagonal, r × r, …)."""
+"""Frozen factors with a trainable core: ΔW = B·C·A, where C is what is trained (diagonal or r × r)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 from weft.adapters._delta import LowRankDelta, Site
-from weft.adapters._kinds import Embedding
+from weft.adapters._kinds import Conv, Embedding
 
 
 class CoreDelta(LowRankDelta):
-    """B (out × r) and A (r × in) are persistent buffers: frozen, saved, never narrowed. A method defines `core`.
+    """B (out × r) and A (r × in) are frozen buffers, never narrowed. A method defines `core`.
 
-    Where r is large the two thin products cost more than one product with W + ΔW, whose ΔW is built once a forward:
-    the cheaper is taken, by counted multiplications of a forward and backward pass with n input vectors
-        two thin products:   n·r·(in + out) each way (the factors are frozen)
+    The core acts on the r hidden features, so that its gradient costs n·r (diagonal) or n·r² for n input vectors, and
+    the input need not be kept for the backward pass. Where r is large, the layer multiplies once by W + ΔW instead:
+    the cheaper is taken, by counted multiplications of a forward and a backward pass
+        two thin products:   n·r·(in + out) each way, and thrice n·r² for a dense core
         folded:              out·in·r twice (build ΔW; project its gradient) and n·out·in (the gradient of ΔW)
     """
 
     A: Tensor
     B: Tensor
 
-    def freeze_factors(self, b: Tensor, a: Tensor) -> None:
-        self.register_buffer("B", b.float().contiguous())
-        self.register_buffer("A", a.float().contiguous())
+    def freeze_factors(self, b: Tensor, a: Tensor, saved: bool = True) -> None:
+        self.register_buffer("B", b.float().contiguous(), persistent=saved)
+        self.register_buffer("A", a.float().contiguous(), persistent=saved)
 
     def core(self) -> Tensor:
         """C: (r,) for a diagonal, else (r × r)."""
@@ -33,18 +34,31 @@ class CoreDelta(LowRankDelta):
         c = self.core()
         return self.B, (c[:, None] * self.A if c.dim() == 1 else c @ self.A)
 
+    def _thin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x·Aᵀ·Cᵀ, and B in its dtype."""
+        dtype = self._compute_dtype(x, self.A)
+        h, c = self.kind.down(self._drop(x), self.A.to(dtype)), self.core()
+        h = (h * c).to(h.dtype) if c.dim() == 1 else torch.nn.functional.linear(h, c.to(h.dtype))
+        return h, self.B.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.kind, Conv):  # hidden features of every group would need the core
+            return super().forward(x)
+        h, b = self._thin(x)
+        return self.kind.up(h, b)
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        if isinstance(self.kind, Conv):
+            return super().add(y, x)
+        h, b = self._thin(x)
+        return self.kind.up(h, b, onto=y) if h.dtype == y.dtype else y + self.kind.up(h, b).to(y.dtype)
+
     def folds(self, x: Tensor) -> bool:
-        if self.dropout and self.training:
-            return False  # dropout acts on the adapter's input alone
-        n, r = self.kind.tokens(x), self.A.shape[0]
-        thin = 2 * n * r * (self.in_ + self.out)
-        folded = 2 * self.out * self.in_ * r + n * self.out * self.in_
-        return not isinstance(self.kind, Embedding) and folded < thin
-
-
-def empty_factors(site: Site, r: int) -> tuple[Tensor, Tensor]:
-    """B and A to be filled from a file."""
-    return site.empty(site.out, r), site.empty(r, site.in_)
+        if isinstance(self.kind, Embedding) or (self.dropout and self.training):
+            return False  # an embedding looks up; dropout acts on the adapter's input alone
+        n, r, size = self.kind.tokens(x), self.A.shape[0], self.out * self.in_
+        dense_core = 3 * n * r * r if self.core().dim() == 2 else 0
+        return 2 * size * r + n * size < 2 * n * r * (self.in_ + self.out) + dense_core
 
 
 def on_meta(site: Site) -> bool:

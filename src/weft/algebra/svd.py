@@ -1,6 +1,6 @@
 """Truncated singular value decompositions, as fast as the rank allows, with canonical signs.
 
-Two engines: the eigendecomposition of the smaller Gram matrix in float64 (exact; faster than `torch.linalg.svd`, most of
+Two engines: the eigendecomposition of the smaller Gram matrix in float64 (exact; faster than `torch.linalg.svd`, above
 all for matrices that are not square) and a range finder with power iterations (approximate, for small ranks).
 """
 
