@@ -96,7 +96,7 @@ frame.addEventListener("load", () => setTimeout(done, 500));
 def show(report: Path, *, width: int = 1280, height: int = 900, script: str = "", flags: tuple[str, ...] = ()) -> Page:
     """Open a report, run the test's own script at its end, and return what it became."""
     assert PROGRAM
-    own = f"<script>document.documentElement.dataset.width = innerWidth;{script}</script></body>"
+    own = f'<script type="module">document.documentElement.dataset.width = innerWidth;{script}</script></body>'
     text = report.read_text(encoding="utf-8").replace("</body>", own)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         around = Path(folder) / "around.html"

@@ -1,6 +1,5 @@
-"use strict";
-// Draws the figures of the report from the JSON beside it, with Observable Plot. Colours are CSS variables, so that the
-// figures follow the reader's light or dark scheme, and print, without being drawn again.
+// Draws the figures of the report from the JSON beside it, with the globals Plot (Observable Plot) and d3. Colours are
+// CSS variables, so that the figures follow the reader's light or dark scheme, and print, without being drawn again.
 (() => {
   const root = document.documentElement;
   const { metric, methods } = JSON.parse(document.getElementById("study-data").textContent);

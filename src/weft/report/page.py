@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 
 from weft.report import quantities
+from weft.report.library import library
 from weft.report.quantities import NOTHING, finite
 from weft.report.study import Line, Study, read
 from weft.run.ranking import DRAWS, LEVEL
@@ -34,6 +35,7 @@ def html(results: Path, out: Path) -> None:
 
     Raises:
         UsageError: there are no results to report.
+        WeftError: the library that draws the figures is not installed.
     """
     text = render(read(Path(results)))
     out = Path(out)
@@ -52,7 +54,6 @@ def html(results: Path, out: Path) -> None:
 def render(study: Study) -> str:
     """The page's text."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    vendored = [(_asset(f"vendor/{name}.LICENSE"), _asset(f"vendor/{name}.min.js")) for name in ("d3", "plot")]
     rows = [_row(line, study) for line in study.lines]
     reference_rows = [_row(line, study) for line in study.references]
     recipes = sorted({row["recipe"] for row in [*rows, *reference_rows]} - {NOTHING})
@@ -73,7 +74,7 @@ def render(study: Study) -> str:
         draws=f"{DRAWS:,}",
         style=_asset("page.css"),
         script=_asset("page.js"),
-        vendored=vendored,
+        library=library(),
     )
 
 
