@@ -32,6 +32,7 @@ class Controller:
     """
 
     events: ClassVar[bool] = False
+    total_steps: int | None = None  # of the run, where weft.optimizer_and_scheduler was told
 
     def __init__(self, config: Any, deltas: list[Any]) -> None:
         self.config, self.deltas = config, deltas

@@ -107,6 +107,8 @@ def optimizer_and_scheduler(
     )
     adopt_state(optimizer)
     total = num_training_steps or (args.max_steps if args.max_steps > 0 else None)
+    for controller in controllers(model):
+        controller.total_steps = total
     stages = max((d.stages(d.config) for d in model.modules() if isinstance(d, Delta)), default=1)
     if total is None:
         if stages > 1:
