@@ -1,0 +1,76 @@
+"""Every Python block of the documentation runs, every command line is one that weft takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import fences
+import pytest
+import yaml
+
+_WITH_PYTHON = [page for page in fences.PAGES if fences.blocks(page, "python") and page.name != "CONTRIBUTING.md"]
+_WITH_COMMANDS = [page for page in fences.PAGES if fences.commands(page)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", _WITH_PYTHON, ids=fences.name)
+def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(fences.blocks(page, "python")), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_readme_has_its_example_in_twelve_lines():
+    (example,) = fences.blocks(fences.ROOT / "README.md", "python")
+    assert len([line for line in example.splitlines() if line.strip()]) == 12
+    assert "weft.SoraConfig" in example and "optimizers=weft.optimizer_and_scheduler" in example
+
+
+@pytest.mark.parametrize("page", _WITH_COMMANDS, ids=fences.name)
+def test_command_lines_are_taken(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in fences.blocks(page, "yaml"):  # the run file that a command of the page names
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    for words in fences.commands(page):
+        _parse(words)
+
+
+def test_an_option_that_is_not_there_is_found():
+    with pytest.raises(Exception, match="sparse"):
+        _parse(["adapt", "--model", "m", "--data", "d", "--method", "sora", "--output", "o", "--sparse-lamda", "1"])
+    with pytest.raises(Exception, match="rank"):
+        _parse(["adapt", "--model", "m", "--data", "d", "--method", "sora", "--output", "o", "--r", "0"])
+
+
+def test_the_run_file_in_the_documentation_is_one():
+    from weft.run.adapt import request
+
+    (text,) = fences.blocks(fences.ROOT / "docs" / "howto" / "data.md", "yaml")
+    assert request(yaml.safe_load(text)).method.config.r == 16
+
+
+def _parse(words: list[str]) -> None:
+    """What weft does with a command line before it does anything: parse it, and check a run's options."""
+    import typer.main
+
+    from weft.cli.main import application
+    from weft.run.adapt import request
+
+    group = typer.main.get_command(application(words))
+    context = group.make_context("weft", list(words))
+    name, verb, rest = group.resolve_command(context, list(words))
+    given = verb.make_context(name, list(rest), parent=context).params
+    if name == "adapt" and not given["config"]:
+        own = {key: value for key, value in given.items() if key not in ("config", "dry_run", "resume")}
+        request({key: value for key, value in own.items() if value is not None})
+    if name == "compare":
+        from weft.run.budget import parse_budget
+        from weft.run.methods import resolve
+
+        parse_budget(given["budget"])
+        for method in given["methods"].split(","):
+            prefix = f"{method}."
+            settings = [text.removeprefix(prefix) for text in given["setting"] or () if text.startswith(prefix)]
+            resolve(method, dict(text.split("=", 1) for text in settings))
