@@ -8,13 +8,14 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from weft.cli import _flags
-from weft.errors import UsageError
+from weft.errors import UsageError, WeftError
 from weft.run import adapt as _adapt
 from weft.run.options import Option
 
@@ -89,6 +90,11 @@ def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags:
     going_on = False if dry_run else _adapt.settle_output(request, resume)
     first = int(os.environ.get("RANK", "0")) == 0
     say = (lambda text: print(text, flush=True)) if first else (lambda text: None)
+    if _launched_alone(os.environ):
+        say(
+            "accelerate started one process only: with --cpu it starts several under mpirun alone; "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N starts N by torchrun"
+        )
     rows = _adapt.read_rows(request.options)
     outline = _adapt.outline(request, rows)
     for line in outline_lines(request, outline, whole=bool(dry_run)):
@@ -101,10 +107,32 @@ def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags:
         result = _adapt.run_adapt(request, rows, going_on, say)
     except Interrupted as stopped:
         raise Interrupted(stopped.step, stopped.checkpoint, resume_command(request)) from None
+    except KeyboardInterrupt:  # beside the steps: while loading, or while the result is evaluated and written
+        raise _interrupted_beside(request) from None
     for split in ("validation", "test"):
         if result[split]:
             say(f"{split}: " + ", ".join(f"{name} {_figure(value)}" for name, value in result[split].items()))
     say(f"saved to {request.options.output}")
+
+
+def _interrupted_beside(request: _adapt.Request) -> WeftError:
+    from weft.run import checkpoints
+    from weft.run.loop import Interrupted
+
+    newest = checkpoints.newest(Path(str(request.options.output)))
+    if newest is None:
+        return WeftError("interrupted before the first checkpoint; the same command starts again")
+    return Interrupted(int(newest.name.rpartition("-")[2]), newest, resume_command(request))
+
+
+def _launched_alone(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch --cpu` was asked for several processes and, without a word, started one.
+
+    It then names a meeting point for them, but nothing that tells the processes apart.
+    """
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    asked = environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in environment
+    return asked and not any(name in environment for name in ranks)
 
 
 def resume_command(request: _adapt.Request) -> str:

@@ -37,8 +37,6 @@ def command(
     facts = adapter_facts(adapter)
     if facts["kind"] != "adapter":
         raise UsageError(f"{str(adapter)!r} holds a whole model, so there is nothing to export")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{str(out)!r} is there already; name a new folder")
     check_safetensors(adapter)
     from weft.adapters._export import export
 
@@ -47,4 +45,4 @@ def command(
         from weft.run.models import locate
 
         spec = locate(spec)
-    print(export(adapter, out, to.value, rank, compact, spec))
+    print(export(adapter, out, to.value, rank=rank, compact=compact, model=spec))

@@ -100,7 +100,7 @@ def _sentence(error: BaseException) -> str:
         possible = getattr(error, "possibilities", None)
         name = getattr(error, "option_name", None)
         if name is not None:
-            return f"unknown option {name}" + (f": did you mean {sorted(possible)[0]}?" if possible else "")
+            return f"unknown option {name}" + (f": did you mean {list(possible)[0]}?" if possible else "")
         text = error.format_message()  # type: ignore[attr-defined]
     elif isinstance(error, WeftError):
         text = str(error)

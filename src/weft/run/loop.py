@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
@@ -53,7 +54,7 @@ class StepTrainer(Trainer):
     """
 
     step_loss: torch.Tensor | None = None
-    window: list[float]
+    adalora: AdaLora | None = None
     _micro = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -68,6 +69,8 @@ class StepTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoints.load_tensors(model or self.model, Path(resume_from_checkpoint) / checkpoints.STATE)
+        if self.adalora is not None:
+            self.adalora.load(Path(resume_from_checkpoint))
 
 
 class Watch(TrainerCallback):
@@ -82,6 +85,7 @@ class Watch(TrainerCallback):
         resumed: dict[str, Any],
     ) -> None:
         self.splits, self.settings, self.output, self.progress = splits, settings, output, progress
+        self.facts = resumed  # what the checkpoint that the run goes on from knows
         self.trainer: StepTrainer
         self.curve: list[dict[str, Any]] = list(resumed.get("curve", []))
         self.window: list[float] = list(resumed.get("window", []))  # losses since the last logged row
@@ -203,6 +207,8 @@ def _fill_checkpoint(trainer: StepTrainer, folder: Path) -> None:
     torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
     torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    if trainer.adalora is not None:
+        trainer.adalora.save(folder)
     if hasattr(model, "peft_config"):
         model.save_pretrained(str(folder))
 
@@ -255,6 +261,9 @@ class StopOnSignal:
 class AdaLora(TrainerCallback):
     """The rank allocation that PEFT's AdaLoRA leaves to the training loop."""
 
+    _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+    _SCORES_FILE, _MASKS_FILE = "adalora.safetensors", "adalora.json"
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
@@ -270,6 +279,28 @@ class AdaLora(TrainerCallback):
         config.total_step = total_steps
         model.base_model.rankallocator.set_total_step(total_steps)  # type: ignore[operator,union-attr]
         return cls(model)
+
+    def save(self, folder: Path) -> None:
+        """Write the allocator's scores and masks, which PEFT saves nowhere."""
+        allocator = self.model.base_model.rankallocator  # type: ignore[union-attr]
+        tensors = {
+            f"{kind}/{name}": tensor.cpu().contiguous()
+            for kind in self._SCORES
+            for name, tensor in getattr(allocator, kind).items()
+        }
+        save_file(tensors, str(folder / self._SCORES_FILE))
+        pattern = self.model.peft_config["default"].rank_pattern  # type: ignore[index,union-attr]
+        (folder / self._MASKS_FILE).write_text(json.dumps(pattern), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`."""
+        allocator = self.model.base_model.rankallocator  # type: ignore[union-attr]
+        device = next(self.model.parameters()).device
+        for key, tensor in load_file(str(folder / self._SCORES_FILE)).items():
+            kind, _, name = key.partition("/")
+            getattr(allocator, kind)[name] = tensor.to(device)
+        pattern = json.loads((folder / self._MASKS_FILE).read_text(encoding="utf-8"))
+        self.model.peft_config["default"].rank_pattern = pattern  # type: ignore[index,union-attr]
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.model.base_model.update_and_allocate(state.global_step)  # type: ignore[operator,union-attr]

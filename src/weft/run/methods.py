@@ -167,7 +167,8 @@ def resolve(name: str, options: dict[str, Any] | None = None) -> Method:
         knob = knob if knob in known else None
         fields |= variant
         if kind == "ADALORA":
-            fields["total_step"] = 1  # the real number is known, and set, when the run starts
+            # the real number is known, and set, when the run starts
+            fields["total_step"] = fields.get("tinit", 0) + fields.get("tfinal", 0) + 1
     else:
         card = registry.card(name)
         recipe, knob = {"learning_rate": _LORA_LEARNING_RATE, **_COMMON_RECIPE, **card.recipe}, card.knob

@@ -32,9 +32,12 @@ def locate(spec: str) -> str:
         from weft import builtin
 
         try:
-            return str(builtin.model_path(spec.removeprefix("builtin:")))
-        except (KeyError, ValueError, FileNotFoundError) as error:
+            folder = builtin.model_path(spec.removeprefix("builtin:"))
+        except KeyError as error:
             raise UsageError(f"unknown built-in model {spec!r}: there is builtin:pycode") from error
+        if not (folder / "config.json").exists():
+            raise WeftError(f"{spec} is not part of this installation: {folder} holds no model")
+        return str(folder)
     path = Path(spec).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -86,8 +89,8 @@ def load_base(
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
     path = locate(spec)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
     config = _load_config(spec, path, num_labels, labels)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
     if task == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     auto = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification

@@ -75,11 +75,11 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
     Args:
         model: the base model; None takes the one that the adapter was trained on.
 
-    Raises WeftError for damaged files and for an adapter that was made for another base model.
+    Raises WeftError for damaged files, UsageError for an adapter that was made for another base model.
     """
+    import peft  # noqa: F401 — before transformers, so that weft's adapters are known when the file names one
     import torch
 
-    import weft  # noqa: F401 — makes weft's adapters known to PEFT
     from weft.run.models import check_safetensors, load_base
 
     facts = adapter_facts(adapter)
@@ -113,7 +113,7 @@ def _count_labels(adapter: Path) -> int | None:
 
 
 def attach_saved(model: nn.Module, adapter: Path, base_name: str) -> nn.Module:
-    """The model with a saved adapter on it. Raises WeftError, in one sentence, where the two do not fit."""
+    """The model with a saved adapter on it. Raises UsageError, in one sentence, where the two do not fit."""
     from peft import PeftModel
 
     try:
@@ -128,7 +128,7 @@ def attach_saved(model: nn.Module, adapter: Path, base_name: str) -> nn.Module:
             reason = f"{name.removeprefix('base_model.model.')} is {there} in the adapter and {here} in the model"
         else:
             reason = text.split(". ")[0].rstrip(".") or type(error).__name__
-        raise WeftError(
+        raise UsageError(
             f"adapter {str(adapter)!r} was made for another base model than {base_name!r}: {reason}"
         ) from error
 

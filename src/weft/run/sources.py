@@ -138,10 +138,6 @@ def _builtin_rows(name: str) -> dict[str, list[Row]]:
 
     try:
         return {split: list(builtin.texts(name, split)) for split in SPLITS}
-    except UsageError:
-        raise
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"unknown built-in data 'builtin:{name}': there are builtin:stdlib, builtin:pydocs") from error
     except OSError as error:
         raise WeftError(f"builtin:{name} cannot be read: {error}") from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
@@ -124,6 +125,7 @@ def train(
         if watch.evaluated[0] == steps:
             validation = watch.evaluated[1]
     validation = validation or shared_evaluation(model, splits.validation, splits, settings)
+    file_bytes, ranks = _released(model, method)
     return TrainResult(
         model=model,
         trainable=trainable,
@@ -131,8 +133,8 @@ def train(
         curve=curve,
         validation=validation,
         seconds=time.perf_counter() - started,
-        file_bytes=_file_bytes(model, method),
-        ranks=module_ranks(model),
+        file_bytes=file_bytes,
+        ranks=ranks,
     )
 
 
@@ -153,9 +155,11 @@ def _run(
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UsageError("weft adapt runs several processes by DDP: launch it without FSDP and DeepSpeed")
     watch.trainer = trainer
-    adalora = AdaLora.of(model, total_steps(splits, args))
-    if adalora is not None:
-        trainer.add_callback(adalora)
+    trainer.adalora = AdaLora.of(model, total_steps(splits, args))
+    if trainer.adalora is not None:
+        trainer.add_callback(trainer.adalora)
+    if checkpoint is not None and int(watch.facts["step"]) >= total_steps(splits, args):
+        return _restore_finished(trainer, checkpoint, int(watch.facts["step"]))
     with StopOnSignal(watch):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -165,6 +169,15 @@ def _run(
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step, checkpoints.newest(watch.output) if watch.output else None)
     return trainer.state.global_step
+
+
+def _restore_finished(trainer: StepTrainer, checkpoint: Path, step: int) -> int:
+    """Put back a run that had taken its last step when it ended; Trainer would take one more."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.create_optimizer_and_scheduler(step)
+    state = torch.load(checkpoint / "optimizer.pt", map_location=trainer.args.device, weights_only=True)
+    trainer.optimizer.load_state_dict(state)  # the methods' own state travels in it
+    return step
 
 
 def total_steps(splits: Splits, args: TrainingArguments) -> int:
@@ -220,26 +233,32 @@ def _remake(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _file_bytes(model: nn.Module, method: Method) -> int | None:
-    """Bytes of the tensors that would be passed on: the adapter's file, or the whole model's tensors."""
+def _released(model: nn.Module, method: Method) -> tuple[int | None, dict[str, int]]:
+    """Bytes of the tensors that would be passed on (the adapter's, or the whole model's), and each module's rank."""
     if method.name == "base":
-        return None
+        return None, {}
     if method.config is None:
         unique = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values()), {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        saved = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return size, _module_ranks(model, saved)
 
 
-def module_ranks(model: nn.Module) -> dict[str, int]:
-    """The rank of the active adapter on each adapted module, where the method has one."""
-    adapter = getattr(model, "active_adapter", None)
-    if not isinstance(adapter, str):
+def _module_ranks(model: nn.Module, saved: dict[str, Any]) -> dict[str, int]:
+    """The rank of the adapter on each adapted module, as the saved config tells it; empty for methods without rank."""
+    if not isinstance(saved.get("r"), int):
         return {}
+    pattern = saved.get("rank_pattern") or {}
+    adapter = model.active_adapter
     ranks = {}
     for name, module in model.named_modules():
-        held = getattr(module, "r", None)
-        if isinstance(held, dict) and isinstance(held.get(adapter), int):
-            ranks[name.removeprefix("base_model.model.")] = held[adapter]
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        own = name.removeprefix("base_model.model.")
+        held = getattr(module, "r", None)  # PEFT's own layers know it themselves
+        known = held.get(adapter) if isinstance(held, dict) else None
+        ranks[own] = pattern.get(own, known if isinstance(known, int) else saved["r"])
     return ranks

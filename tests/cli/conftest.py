@@ -1,0 +1,90 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py, which makes models and data
+
+import tiny
+
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `weft` itself sets it before the libraries load
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    return tiny.save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "loom.jsonl"
+    return tiny.write_jsonl(path, [{"text": text} for text in tiny.sentences(60)])
+
+
+@pytest.fixture
+def weft(capsys):
+    """Run one command line in this process: exit code, standard output, standard error."""
+    from weft.cli.main import run
+
+    def call(*words: object) -> tuple[int, str, str]:
+        before = dict(os.environ)
+        capsys.readouterr()
+        try:
+            code = run([str(word) for word in words])
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refuse(weft):
+    """Run a command line that must fail: with this code, one sentence on standard error, these words in it."""
+
+    def call(code: int, *words: object, says: tuple[str, ...]) -> str:
+        got, _, err = weft(*words)
+        assert got == code, err
+        assert err.count("\n") == 1 and err.startswith("weft: "), err
+        for part in says:
+            assert part in err, (part, err)
+        return err
+
+    return call
+
+
+@pytest.fixture
+def spawn():
+    """Start weft in a process of its own; killed at the end of the test if it still runs."""
+    started = []
+
+    def call(*words: object, **options) -> subprocess.Popen:
+        env = tiny.environment(**options.pop("env", {}))
+        command = [sys.executable, "-m", "weft", *[str(word) for word in words]]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def adapt_words(llama, corpus):
+    """The words of a small, quick run."""
+
+    def words(output: Path, *more: object, method: str = "peft:lora", steps: int = 6) -> list[str]:
+        basic = ["adapt", "--model", llama, "--data", corpus, "--method", method, "--output", output]
+        quick = ["--max-steps", steps, "--batch-size", 2, "--max-length", 32, "--learning-rate", "0.01"]
+        return [str(word) for word in [*basic, *quick, *more]]
+
+    return words

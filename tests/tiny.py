@@ -1,0 +1,131 @@
+"""Tiny models and data, made on the fly: shapes of real ones, nothing downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+WORDS = [
+    "the",
+    "weft",
+    "goes",
+    "over",
+    "and",
+    "under",
+    "warp",
+    "holds",
+    "while",
+    "loom",
+    "beats",
+    "time",
+    "a",
+    "thread",
+]
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a process of its own needs to find weft and stay off the network."""
+    source = str(Path(__file__).parents[1] / "src")
+    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def result(output: Path) -> dict:
+    """What a finished run says of itself."""
+    return json.loads((output / "result.json").read_text(encoding="utf-8"))
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences of the loom, drawn by seed."""
+    import random
+
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) + "." for _ in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tokenizer():
+    """A byte-level BPE of 300 tokens with <s>, </s> and <pad>, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(sentences(50), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = CHAT
+    return fast
+
+
+def save_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+    """A Llama with grouped-query attention, 2 layers wide enough to learn, saved with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def save_bert(folder: Path) -> Path:
+    """A BERT of one layer with token types, saved with a word-level tokenizer that makes them."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(WORDS))]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(known),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
