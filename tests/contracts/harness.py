@@ -1,4 +1,4 @@
-"""What the laws are tried on: methods from the registry, attached to tiny models with nothing known but card and config."""
+"""What the laws are tried on: methods from the registry on tiny models, with nothing known but card and config."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def fields(slug: str) -> dict[str, dataclasses.Field[Any]]:
 def options(slug: str, short: bool = False, **given: Any) -> dict[str, Any]:
     """Given options over a rank that fits tiny models.
 
-    `short` adds the values with which a run of twenty steps meets the method's events: a field whose default is meant for
-    thousands of steps says so itself, `metadata={"help": ..., "short": 3}`.
+    `short` adds the values with which a run of twenty steps meets the method's events: a field whose default is meant
+    for thousands of steps says so itself, `metadata={"help": ..., "short": 3}`.
     """
     own = fields(slug)
     chosen: dict[str, Any] = {}
@@ -135,10 +135,11 @@ def parameter_name(layer: Any) -> str:
     return getattr(layer, "parameter_name", "weight")
 
 
+@torch.no_grad()  # small products have other bits while gradients are recorded
 def delta_weight(layer: Any, adapter: str = "default") -> Tensor:
     """ΔW in the parameter's layout, from the method's own `delta`."""
     entry = layer.deltas[adapter]
-    parts = [d.delta().detach() for d in entry.modules() if isinstance(d, Delta)]
+    parts = [d.delta() for d in entry.modules() if isinstance(d, Delta)]
     if hasattr(layer, "parameter_name"):
         return native(layer, torch.stack(parts))
     return native(layer, torch.cat(parts))
@@ -210,14 +211,18 @@ def to(dtype: torch.dtype, value: Any) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def optimizer_for(model: nn.Module, tmp: Any, steps: int = 20, lr: float = 0.01, **changes: Any) -> tuple[Optimizer, Any]:
+def optimizer_for(
+    model: nn.Module, tmp: Any, steps: int = 20, lr: float = 0.01, **changes: Any
+) -> tuple[Optimizer, Any]:
     """What weft itself hands to Trainer, with a constant schedule unless told otherwise."""
     settings = {"lr_scheduler_type": "constant", "weight_decay": 0.01, "learning_rate": lr, "max_steps": steps}
     args = TrainingArguments(output_dir=str(tmp), use_cpu=True, report_to="none", **(settings | changes))
     return weft.optimizer_and_scheduler(model, args)
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: int, accumulation: int = 1, rows: int = 8, first: int = 0) -> None:
+def train(
+    model: nn.Module, optimizer: Optimizer, steps: int, accumulation: int = 1, rows: int = 8, first: int = 0
+) -> None:
     """Plain loop: the same `rows` a step, in one batch or in `accumulation` equal ones."""
     model.train()
     for i in range(first, first + steps):

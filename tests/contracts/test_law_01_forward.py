@@ -32,7 +32,7 @@ def values(field: dataclasses.Field[Any], hint: Any) -> list[Any]:
         return [True, False]
     if int in kinds:
         near = [default - 1, default + 1, 2 * default] if isinstance(default, int) else []
-        return sorted({1, 2, 5, *[v for v in near if v > 0]})
+        return sorted({1, 2, 5, 13, *[v for v in near if v > 0]})
     return [0.03, 0.5, 1.0, 3.0] + ([0.5 * default, 2.0 * default] if isinstance(default, float) and default else [])
 
 

@@ -1,4 +1,4 @@
-"""Law 5. Dtypes are declared per tensor: on a bfloat16 base, and through casts, an adapter keeps the bits it was given."""
+"""Law 5. Dtypes are declared per tensor: on a bfloat16 base, and through casts, an adapter keeps its bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 6. Merged = unmerged: one rounding of float32 W + ΣΔW, every ΔW from the original W, and the original bits back."""
+"""Law 6. Merged = unmerged: one rounding of float32 W + ΣΔW, every ΔW from the original W; then the old bits back."""
 
 from __future__ import annotations
 

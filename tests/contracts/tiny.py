@@ -53,8 +53,14 @@ def phi3() -> Phi3ForCausalLM:
     """A fused qkv_proj whose blocks differ in size (grouped-query attention)."""
     return Phi3ForCausalLM(
         Phi3Config(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=37, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=False, **SPECIAL,
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            **SPECIAL,
         )  # fmt: skip
     )
 
@@ -136,17 +142,18 @@ def wide() -> Mlp:
     return Mlp(width=192, hidden=160)
 
 
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 CELLS = [
     Cell("Linear", "Linear", llama, {"target_modules": "all-linear"}),
-    Cell("Conv1D", "Conv1D", gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    Cell("Conv1D", "Conv1D", gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "split_qkv": False}),
     Cell("Conv2d", "Conv", ConvNet, {"target_modules": ["conv"]}),
     Cell("grouped Conv2d", "Conv", ConvNet, {"target_modules": ["grouped"]}),
     Cell("Embedding", "Embedding", Mlp, {"target_modules": ["embed"]}),
-    Cell("3-D expert", "3-D expert", mixtral, {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
-    Cell("3-D expert, transposed", "3-D expert", gpt_oss, {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+    Cell("3-D expert", "3-D expert", mixtral, EXPERTS),
+    Cell("3-D expert, transposed", "3-D expert", gpt_oss, EXPERTS),
     Cell("fused qkv", "Linear", phi3, {"target_modules": ["qkv_proj"], "split_qkv": True}),
     Cell("fused qkv, Conv1D", "Conv1D", gpt2, {"target_modules": ["c_attn"], "split_qkv": True}),
-]  # fmt: skip
+]
 BY_NAME = {cell.name: cell for cell in CELLS}
 SMALL = Cell("Mlp", "Linear", Mlp, {"target_modules": ["first", "second"]})
 WIDE = Cell("wide Mlp", "Linear", wide, {"target_modules": ["first", "second"]})
