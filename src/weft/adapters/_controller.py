@@ -157,10 +157,12 @@ class Controller:
     def _check_groups(self, optimizer: Optimizer) -> None:
         if optimizer in self._checked:
             return
-        self._checked.add(optimizer)
         adopt_state(optimizer)
-        if not self.config.require_groups:
-            return
+        if self.config.require_groups:
+            self._refuse_other_groups(optimizer)
+        self._checked.add(optimizer)
+
+    def _refuse_other_groups(self, optimizer: Optimizer) -> None:
         declared: dict[int, tuple[str, Group]] = {
             id(p): (name, group)
             for d in self.deltas
@@ -168,15 +170,21 @@ class Controller:
             for n, p in d.named_parameters()
             if n == name
         }
+        slug = self.config.slug()
+        remedy = "use weft.optimizer_and_scheduler(model, args), or set require_groups=False"
         for group in optimizer.param_groups:
-            for p in group["params"]:
-                name, wanted = declared.get(id(p), ("", Group()))
-                decay = group.get("weight_decay", 0.0)
-                if wanted.weight_decay is not None and decay != wanted.weight_decay:
-                    raise UsageError(
-                        f"{self.config.slug()} needs {name!r} in a group with weight_decay={wanted.weight_decay}, not "
-                        f"{decay}: use weft.optimizer_and_scheduler(model, args), or set require_groups=False"
-                    )
+            asked = [declared.get(id(p), ("", Group())) for p in group["params"]]
+            given = {**group, "lr": group.get("initial_lr", group["lr"])}  # a schedule has scaled lr already
+            for name, wanted in asked:
+                for key, value in wanted.settings().items():
+                    if key in given and given[key] != value:
+                        raise UsageError(
+                            f"{slug} needs {name!r} in a group with {key}={value}, not {given[key]}: {remedy}"
+                        )
+            factors = {wanted.lr_factor: name for name, wanted in asked}
+            if len(factors) > 1:
+                name = next(name for factor, name in factors.items() if factor != 1.0)
+                raise UsageError(f"{slug} needs {name!r} in a group of its own, with another learning rate: {remedy}")
 
     # --- penalties ----------------------------------------------------------------------------------------------
 

@@ -53,6 +53,12 @@ class Group:
     weight_decay: float | None = None
     eps: float | None = None
 
+    def settings(self) -> dict[str, float]:
+        """The options of an optimiser's group that are asked for by value."""
+        lr = None if self.lr is None else self.lr * self.lr_factor
+        named = {"lr": lr, "weight_decay": self.weight_decay, "eps": self.eps}
+        return {key: value for key, value in named.items() if value is not None}
+
 
 class Delta(nn.Module):
     """ΔW (out × in), and Δbias where the method moves it, on one weight.
