@@ -47,20 +47,30 @@ def __dir__() -> list[str]:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Lets peft load as usual, then registers weft's adapters with it and removes itself."""
+    """Lets peft load as usual, then registers weft's adapters with it and removes itself.
+
+    It stays for as long as peft is only looked for: transformers asks whether peft is there without importing it.
+    """
+
+    looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             load(module)
             _register()
 

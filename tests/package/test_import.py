@@ -26,7 +26,13 @@ def test_import_is_light() -> None:
 
 @pytest.mark.parametrize(
     "imports",
-    ["import weft, peft", "import peft, weft", "import transformers, weft, peft", "import weft, transformers, peft"],
+    [
+        "import weft, peft",
+        "import peft, weft",
+        "import transformers, weft, peft",
+        "import weft, transformers, peft",
+        "import weft, importlib.util; importlib.util.find_spec('peft'); import peft",  # as transformers looks for it
+    ],
 )
 def test_methods_are_known_to_peft_in_any_import_order(imports: str) -> None:
     run(f"{imports}\n{READY}{HOOK_GONE}")
