@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.adapters._delta import Site
 from weft.algebra.random import checksum
 from weft.errors import UsageError
 
@@ -16,31 +17,22 @@ _known: weakref.WeakValueDictionary[Hashable, SharedBasis] = weakref.WeakValueDi
 
 
 class SharedBasis:
-    """A frozen tensor that is a pure function of `key`. One copy a device, whoever asks; deltas hold the reference.
+    """The frozen tensor `draw(*key)`: one copy a device, whoever asks for it; deltas hold the reference.
 
     It is no buffer on purpose: PEFT would cast it, `state_dict` would save it and `module.to` would copy it per layer.
-    With `stored=False` nothing is kept and every call draws the tensor again, bit-equal.
     """
 
-    def __init__(self, key: Hashable, draw: Callable[[], Tensor], stored: bool = True) -> None:
-        self.key, self.draw, self.stored = key, draw, stored
+    def __init__(self, draw: Callable[..., Tensor], key: tuple[Hashable, ...]) -> None:
+        self.draw, self.key = draw, key
         self._copies: dict[torch.device, Tensor] = {}
 
     def tensor(self, device: torch.device) -> Tensor:
         """The basis on a device; drawn on the CPU, so equal everywhere."""
-        if device.type == "meta":
-            return self.draw().to(device)
-        if not self.stored:
-            return self.draw().to(device)
-        if device not in self._copies:
-            cpu = torch.device("cpu")
-            source = self._copies.get(cpu)
-            self._copies[device] = (self.draw() if source is None else source).to(device)
-        return self._copies[device]
-
-    def checksum(self) -> str:
-        """16 hex digits of the drawn bytes: another torch that draws other numbers is found out when loading."""
-        return checksum(self.tensor(torch.device("cpu")))
+        found = self._copies.get(device)
+        if found is None:
+            cpu = self._copies.get(torch.device("cpu"))
+            found = self._copies[device] = (self.draw(*self.key) if cpu is None else cpu).to(device)
+        return found
 
     def stored_bytes(self) -> int:
         """Bytes held on all devices."""
@@ -49,19 +41,30 @@ class SharedBasis:
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedBasis:
         return self  # frozen: copies of a model share it
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shared_basis, (self.draw, *self.key)
 
-def shared_basis(key: Hashable, draw: Callable[[], Tensor], stored: bool = True) -> SharedBasis:
-    """The basis of that key, made on first use and freed with the last delta that holds it."""
-    basis = _known.get((key, stored))
+
+def shared_basis(draw: Callable[..., Tensor], *key: Hashable) -> SharedBasis:
+    """The basis `draw(*key)`, made on first use and freed with the last delta that holds it.
+
+    `draw` is a module's function of plain values, so that a model that holds the basis can be pickled.
+    """
+    basis = _known.get((draw, key))
     if basis is None:
-        basis = _known[(key, stored)] = SharedBasis(key, draw, stored)
+        basis = _known[(draw, key)] = SharedBasis(draw, key)
     return basis
 
 
-def check(name: str, basis: SharedBasis, saved: str | None) -> None:
-    """Raise UsageError where a saved adapter met another basis than this machine draws."""
-    if saved is not None and basis.checksum() != saved:
+def fingerprint(*tensors: Tensor) -> str:
+    """16 hex digits that tell whether another machine, or another torch, drew the same numbers."""
+    return checksum(torch.cat([t.detach().float().flatten().cpu() for t in tensors]))
+
+
+def verify(site: Site, found: str, saved: dict[str, str]) -> None:
+    """Raise UsageError where a saved adapter was trained with other seeded numbers than are drawn here."""
+    if site.stored and saved.get(site.name) != found:
         raise UsageError(
-            f"the seeded basis of {name} differs from the one the adapter was trained with (another torch or seed?); "
-            "load it where it was made and export it with weft export --to lora or merged"
+            f"the seeded numbers drawn for {site.name} are not those that the adapter was trained with: load it with "
+            "the version of torch that saved it, or export it there with weft export --to lora or merged"
         )
