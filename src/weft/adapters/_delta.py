@@ -94,9 +94,9 @@ class Delta(nn.Module):
         return {}
 
     @classmethod
-    def stages(cls, config: Any) -> int:
-        """How many times the learning-rate schedule starts anew during a run."""
-        return 1
+    def stage_steps(cls, config: Any) -> int | None:
+        """Optimiser steps after which the learning-rate schedule starts anew; None: never."""
+        return None
 
     @classmethod
     def finish(cls, config: Any, deltas: list[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from weft.adapters._config import AdapterConfig
@@ -109,12 +109,10 @@ def optimizer_and_scheduler(
     total = num_training_steps or (args.max_steps if args.max_steps > 0 else None)
     for controller in controllers(model):
         controller.total_steps = total
-    stages = max((d.stages(d.config) for d in model.modules() if isinstance(d, Delta)), default=1)
-    if total is None:
-        if stages > 1:
-            raise UsageError("a schedule that restarts needs its length: set args.max_steps or num_training_steps")
+    stage = max((d.stage_steps(d.config) or 0 for d in model.modules() if isinstance(d, Delta)), default=0)
+    length = stage or total
+    if length is None:
         return optimizer, None
-    length = -(-total // stages)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,
@@ -122,7 +120,9 @@ def optimizer_and_scheduler(
         length,
         getattr(args, "lr_scheduler_kwargs", None),
     )
-    if stages > 1:
+    if stage:
+        if not isinstance(scheduler, LambdaLR):
+            raise UsageError(f"lr_scheduler_type={args.lr_scheduler_type} cannot start anew in a new stage: use linear")
         inner = scheduler.lr_lambdas[0]  # the same for all groups
         scheduler.lr_lambdas = [lambda now: inner(now % length)] * len(scheduler.lr_lambdas)
     return optimizer, scheduler

@@ -130,8 +130,8 @@ class SoraDelta(GatedDelta):
         return {"g": Group(lr=config.sparse_lr, weight_decay=0.0, eps=1e-6)}
 
     @classmethod
-    def stages(cls, config: Any) -> int:
-        return config.threshold_levels
+    def stage_steps(cls, config: Any) -> int | None:
+        return config.stage_steps if config.threshold_levels > 1 else None
 
 
 class SoraController(Controller):
