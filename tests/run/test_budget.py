@@ -180,12 +180,14 @@ def test_best_at_edge_is_extended_within_bounds():
     assert best_offset({-1: None}) is None
 
 
-@given(st.integers(1, 2000), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.integers(0, 20))
-def test_shared_steps_never_exceed_the_limit(total, methods, seeds, points, measured):
+@given(st.integers(1, 2000), st.integers(1, 9), st.integers(1, 4), st.integers(0, 90), st.integers(0, 20))
+def test_shared_steps_use_the_limit_and_never_exceed_it(total, methods, seeds, grid, measured):
+    def all_steps(steps):
+        return methods * (grid + measured + seeds * steps)
+
     try:
-        steps, unused = share_steps(total, methods, seeds, points, measured)
+        steps = share_steps(total, methods, seeds, grid, measured)
     except UsageError:
-        assert total < methods * (measured + points + seeds)
+        assert total < all_steps(1)
         return
-    assert steps >= 1
-    assert methods * (measured + (points + seeds) * steps) + unused == total
+    assert steps >= 1 and all_steps(steps) <= total < all_steps(steps + 1)

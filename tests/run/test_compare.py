@@ -368,6 +368,7 @@ def test_the_command_of_a_study_makes_that_study(place, monkeypatch):
         data_options={"validation_fraction": 0.2, "test_fraction": 0.1, "columns": {"text": "text"}},
         bf16=True,
         grid_factor=2.5,
+        grid_steps=3,
     )
     made = []
     monkeypatch.setattr(verb, "run_study", lambda study, output, **_: made.append((study, output)))

@@ -83,6 +83,12 @@ def test_failed_rates_are_passed_over_and_a_method_without_any_still_gets_its_ro
     assert final == {"a": 0.001, "b": None}
 
 
+def test_grid_runs_may_be_shorter_than_final_ones():
+    tasks = pending(_plan(["a"], grid_steps=8), [])
+    assert {(task.phase, task.steps) for task in tasks} == {("reference", 0), ("grid", 8)}
+    assert {task.steps for task in pending(_plan(["a"], grid_steps=80), []) if task.phase == "grid"} == {50}
+
+
 def test_one_grid_point_goes_straight_to_the_final_runs():
     rows = _play(_plan(["a"], grid_points=1), lambda method, rate: 1.0)
     assert [(row["phase"], row["learning_rate"]) for row in rows] == [
@@ -200,6 +206,7 @@ def test_plan_and_study_travel_as_json():
         ({"methods": ("a", "b", "a")}, "--methods names 'a' twice"),
         ({"seeds": 0}, "--seeds must be at least 1, not 0"),
         ({"grid_factor": 1.0}, "--grid-factor must be above 1"),
+        ({"grid_steps": 0}, "--grid-steps must be at least 1, not 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
         ({"options": {"c": {"r": 1}}}, "--set names 'c', which is not among --methods a,b"),
     ],

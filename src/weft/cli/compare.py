@@ -88,6 +88,10 @@ def command(
     grid_extend: Annotated[
         int, typer.Option(help="Further rates at most, while the best is at the edge.", rich_help_panel=_RUNS)
     ] = 3,
+    grid_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of a grid's runs; as many as final runs have by default.", rich_help_panel=_RUNS),
+    ] = None,
     evaluations: Annotated[int, typer.Option(help="Points of a validation curve.", rich_help_panel=_RUNS)] = 5,
     measure_steps: Annotated[int, typer.Option(help="Steps of a timing run.", rich_help_panel=_RUNS)] = 10,
     measure_repeats: Annotated[int, typer.Option(help="Timing runs a method.", rich_help_panel=_RUNS)] = 3,
@@ -136,6 +140,7 @@ def command(
         grid_points=grid_points,
         grid_factor=grid_factor,
         grid_extend=grid_extend,
+        grid_steps=grid_steps,
         measure_steps=measure_steps,
         measure_repeats=measure_repeats,
         evaluations=evaluations,
@@ -202,6 +207,7 @@ def study_command(study: Study, output: Path | str) -> str:
         "grid_points",
         "grid_factor",
         "grid_extend",
+        "grid_steps",
         "evaluations",
     ]
     plain += ["measure_steps", "measure_repeats", "forget_data", "threads"]

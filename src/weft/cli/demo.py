@@ -17,7 +17,7 @@ MODEL, DATA = "builtin:pycode", "builtin:pydocs"
 METHODS = ("peft:lora", "sora", "dylora", "svfit")
 STEPS = 500  # optimiser steps at most, of all runs together
 SEEDS = 2
-GRID_POINTS, MEASURE_STEPS = 3, 6
+GRID_POINTS, GRID_EXTEND, GRID_STEPS, MEASURE_STEPS = 3, 2, 10, 6
 
 
 def command(
@@ -31,12 +31,14 @@ def command(
     from weft.cli.compare import run_study, study_command
     from weft.run.budget import Budget, share_steps
 
-    steps, _ = share_steps(STEPS, len(METHODS), SEEDS, GRID_POINTS, MEASURE_STEPS)
+    grid = (GRID_POINTS + GRID_EXTEND) * GRID_STEPS
+    steps = share_steps(STEPS, len(METHODS), SEEDS, grid, MEASURE_STEPS)
     study = demo_study(Budget(steps=steps))
-    total = len(METHODS) * ((GRID_POINTS + SEEDS) * steps + MEASURE_STEPS)
+    total = len(METHODS) * (grid + SEEDS * steps + MEASURE_STEPS)
     note = (
-        f"Of at most {STEPS} optimiser steps {total} were planned: for each of {len(METHODS)} methods {GRID_POINTS} "
-        f"learning rates and {SEEDS} seeds of {steps} steps, and {MEASURE_STEPS} steps to measure time and memory."
+        f"At most {total} of the demo's {STEPS} optimiser steps were planned: each of the {len(METHODS)} methods takes "
+        f"{SEEDS} final runs of {steps} steps, {GRID_POINTS} to {GRID_POINTS + GRID_EXTEND} trial runs of {GRID_STEPS} "
+        f"steps to find its learning rate, and {MEASURE_STEPS} steps to measure time and memory."
     )
     full = study_command(full_study(), "runs/pydocs")
     again = f"weft demo --output {output}"
@@ -47,7 +49,7 @@ def command(
 
 
 def demo_study(budget: Any) -> Study:
-    """Four methods, few steps, one learning-rate grid without extension, the base model as reference."""
+    """Four methods, few steps, the base model as reference."""
     from weft.run.study import Study
 
     return Study(
@@ -57,11 +59,12 @@ def demo_study(budget: Any) -> Study:
         budget=budget,
         seeds=SEEDS,
         references=("base",),
-        batch_size=8,
+        batch_size=12,
         max_length=128,
         grid_points=GRID_POINTS,
         grid_factor=5.0,
-        grid_extend=0,
+        grid_extend=GRID_EXTEND,
+        grid_steps=GRID_STEPS,
         measure_steps=MEASURE_STEPS,
         measure_repeats=1,
         evaluations=3,

@@ -223,16 +223,22 @@ def best_offset(losses: dict[int, float | None]) -> int | None:
     return min(finished, key=lambda offset: (finished[offset], abs(offset), offset)) if finished else None
 
 
-def share_steps(total: int, methods: int, seeds: int, grid_points: int, measure_steps: int) -> tuple[int, int]:
-    """Divide a limit on all optimiser steps of a study: (steps of a run, steps that remain unused).
+def share_steps(total: int, methods: int, seeds: int, grid: int, measured: int) -> int:
+    """The steps of a final run, from a limit on all optimiser steps of a study.
 
-    Each method trains `grid_points` + `seeds` times at equal length and is timed over `measure_steps` further ones.
+    Args:
+        total: the limit.
+        methods: how many methods share it.
+        seeds: final runs of each.
+        grid: steps that each method's learning-rate grid may take at most, extensions included.
+        measured: steps of each method's timing runs.
     """
-    if methods < 1:
-        raise UsageError("no method to share steps between")
-    left = total - methods * measure_steps
-    runs = methods * (grid_points + seeds)
-    if left < runs:
-        needed = methods * measure_steps + runs
-        raise UsageError(f"{total} steps are too few for {runs} runs and their timing; {needed} is the least")
-    return left // runs, left % runs
+    if methods < 1 or seeds < 1:
+        raise UsageError("no run to share steps between")
+    left = total // methods - grid - measured
+    if left < seeds:
+        needed = methods * (grid + measured + seeds)
+        raise UsageError(
+            f"{total} steps are too few for {methods} methods with {seeds} runs each; {needed} is the least"
+        )
+    return left // seeds

@@ -13,7 +13,7 @@ from weft.errors import UsageError, WeftError
 from weft.run import budget as budgets
 from weft.run import spread
 from weft.run.single import context_of, load_data, run_task, sentence
-from weft.run.study import Entry, Plan, Row, Study, Task, expected_runs
+from weft.run.study import Entry, Plan, Row, Study, Task, grid_runs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -181,6 +181,9 @@ def _with_measured_steps(plan: Plan, observer: Observer) -> Plan:
 def total_steps(plan: Plan, rows: list[Row]) -> int:
     """Optimiser steps of a whole study, if no further grid is extended."""
     study = plan.study
-    runs = expected_runs(plan, rows) - sum(entry.method == "base" for entry in plan.entries)
-    timed = study.measure_repeats * sum(entry.method != "base" for entry in plan.entries)
-    return (runs - timed) * plan.steps + timed * study.measure_steps
+    total = 0
+    for entry in plan.entries:
+        if entry.method != "base":
+            grid = grid_runs(plan, rows, entry.method) * plan.grid_steps
+            total += grid + study.seeds * plan.steps + study.measure_repeats * study.measure_steps
+    return total

@@ -30,6 +30,8 @@ class Study:
         target_modules: the same for all methods; "all-linear" or names.
         seed: of the splits and the learning-rate grid; final runs use seed + 1 ... seed + `seeds`.
         grid_points, grid_factor: the learning rates tried, around each card's own.
+        grid_steps: optimiser steps of a grid's runs; None: as many as final runs have. Fewer cost less and favour high
+            learning rates.
         grid_extend: how often a grid may grow when its best point lies on the edge.
         measure_steps, measure_repeats: optimiser steps of a timing run, and how many of them each method gets.
         evaluations: of the validation split in the course of a final run, for its learning curve.
@@ -55,6 +57,7 @@ class Study:
     grid_points: int = 3
     grid_factor: float = 3.0
     grid_extend: int = 3
+    grid_steps: int | None = None
     measure_steps: int = 10
     measure_repeats: int = 3
     evaluations: int = 5
@@ -83,6 +86,8 @@ class Study:
             value = getattr(self, name)
             if value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if self.grid_steps is not None and self.grid_steps < 1:
+            raise UsageError(f"--grid-steps must be at least 1, not {self.grid_steps}")
         if not (self.grid_factor > 1 and math.isfinite(self.grid_factor)):
             raise UsageError(f"--grid-factor must be above 1, not {self.grid_factor:g}")
         strangers = [name for name in self.options if name not in self.methods]
@@ -123,6 +128,11 @@ class Plan:
     task: str
     parameters: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def grid_steps(self) -> int:
+        """Optimiser steps of a grid's runs."""
+        return min(self.study.grid_steps or self.steps, self.steps)
 
     def entry(self, method: str) -> Entry:
         """The entry of one method."""
@@ -182,7 +192,7 @@ def pending(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> list[Task]:
 
         def point(offset: int, method: str = entry.method, centre: float = centre) -> Task:
             rate = learning_rate(centre, study.grid_factor, offset)
-            return Task("grid", method, study.seed, rate, plan.steps, offset)
+            return Task("grid", method, study.seed, rate, plan.grid_steps, offset)
 
         grid = grid_of(finished, entry.method)
         first = first_offsets(study.grid_points)
@@ -212,17 +222,18 @@ def timing(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> list[Task]:
     return [task for task in tasks if task.key not in done]
 
 
+def grid_runs(plan: Plan, rows: Iterable[Mapping[str, Any]], method: str) -> int:
+    """How many runs a method's grid has, if it is not extended further."""
+    points = plan.study.grid_points
+    finished = [row for row in rows if row.get("kind") == "run"]
+    return 0 if points == 1 else max(points, len(grid_of(finished, method)))
+
+
 def expected_runs(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> int:
     """How many runs the study has if no further grid is extended: for progress bars."""
-    study, finished = plan.study, [row for row in rows if row.get("kind") == "run"]
-    total = 0
-    for entry in plan.entries:
-        if entry.method == "base":
-            total += 1
-            continue
-        grid = 0 if study.grid_points == 1 else max(study.grid_points, len(grid_of(finished, entry.method)))
-        total += grid + study.seeds + study.measure_repeats
-    return total
+    study, rows = plan.study, list(rows)
+    each = study.seeds + study.measure_repeats
+    return sum(1 if entry.method == "base" else grid_runs(plan, rows, entry.method) + each for entry in plan.entries)
 
 
 class Results:
