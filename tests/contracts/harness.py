@@ -28,13 +28,16 @@ def fields(slug: str) -> dict[str, dataclasses.Field[Any]]:
 
 
 def options(slug: str, short: bool = False, **given: Any) -> dict[str, Any]:
-    """Given options over a rank that fits tiny models.
+    """Given options over a rank and a size that fit tiny models.
 
     `short` adds the values with which a run of twenty steps meets the method's events: a field whose default is meant
     for thousands of steps says so itself, `metadata={"help": ..., "short": 3}`.
     """
     own = fields(slug)
     chosen: dict[str, Any] = {}
+    knob = weft.card(slug).knob  # what sets the number of parameters, made small
+    if isinstance(own[knob].default, int):
+        chosen[knob] = min(own[knob].default, 8)
     if "r" in own:
         default = own["r"].default
         chosen["r"] = min(default, 4) if isinstance(default, int) else 4
@@ -58,12 +61,15 @@ def attach(
     slug: str,
     cell: tiny.Cell = tiny.SMALL,
     dtype: torch.dtype = torch.float32,
-    seed: int = 0,
+    start: int = 0,
     short: bool = False,
     **given: Any,
 ) -> nn.Module:
-    """The method on a fresh copy of the cell's model; in float64 every tensor of the adapter is float64 as well."""
-    torch.manual_seed(seed)
+    """The method on a fresh copy of the cell's model; in float64 every tensor of the adapter is float64 as well.
+
+    `start` seeds the global generator for what is drawn while attaching.
+    """
+    torch.manual_seed(start)
     model = tiny.base(cell, dtype)
     model = get_peft_model(model, configure(slug, model, cell, short, **given))
     return (model.double() if dtype == torch.float64 else model).eval()

@@ -14,7 +14,7 @@ import weft
 def test_drift_lies_in_the_stated_interval(slug, cell):
     low, high = weft.card(slug).init_drift
     for seed in range(3):
-        model = harness.attach(slug, cell, seed=seed)
+        model = harness.attach(slug, cell, start=seed)
         for _, layer in harness.layers(model):
             weight = layer.get_base_layer().weight.detach().double()
             drift = float(harness.delta_weight(layer).double().norm() / weight.norm())
