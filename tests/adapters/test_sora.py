@@ -177,23 +177,30 @@ def test_gates_outside_their_group_are_refused() -> None:
         optimizer.step()
 
 
-def test_stages_raise_the_threshold_and_restart_the_schedule(tmp_path) -> None:
+@pytest.mark.parametrize("steps", [15, 18])
+def test_stages_raise_the_threshold_and_restart_the_schedule(steps: int, tmp_path) -> None:
     model, controller, _ = attach(
         two_linears(), r=4, sparse_lambda_2=0.0, max_lambda=4e-3, threshold_levels=3, stage_steps=5
     )
-    args = run_args(tmp_path, max_steps=15, lr_scheduler_type="linear")
+    args = run_args(tmp_path, max_steps=steps, lr_scheduler_type="linear")
     optimizer, scheduler = weft.optimizer_and_scheduler(model, args)
     seen = []
-    for _ in range(15):
+    for _ in range(steps):
         seen.append((controller.threshold(), optimizer.param_groups[0]["lr"]))
         model(torch.randn(5, 7, dtype=torch.float64)).sum().backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
     thresholds, rates = zip(*seen)
-    assert thresholds == (0.0,) * 5 + (2e-3,) * 5 + (4e-3,) * 5
-    assert rates[:5] == rates[5:10] == rates[10:] and rates[0] == 1e-2 > rates[4] > 0
-    assert controller.threshold() == 4e-3  # the last value stays
+    assert thresholds == (0.0,) * 5 + (2e-3,) * 5 + (4e-3,) * (steps - 10)  # the last value stays
+    assert rates[:5] == rates[5:10] == rates[10:15] and rates[0] == 1e-2 > rates[4] > 0
+
+
+def test_stages_need_a_schedule_that_is_a_function_of_the_step(tmp_path) -> None:
+    model, _, _ = attach(two_linears(), r=4, threshold_levels=3, stage_steps=5)
+    args = run_args(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=5)
+    with pytest.raises(weft.UsageError, match="cannot start anew in a new stage"):
+        weft.optimizer_and_scheduler(model, args)
 
 
 def test_gates_stay_float32_on_a_bfloat16_base() -> None:
