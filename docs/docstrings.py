@@ -70,7 +70,7 @@ def _block(lines: list[str]) -> str:
     if lines[0].lstrip().startswith(">>>"):
         return "```pycon\n" + inspect.cleandoc("\n".join(lines)) + "\n```"
     if all(line.startswith("    ") for line in lines):
-        return "```text\n" + inspect.cleandoc("\n".join(lines)) + "\n```"
+        return "```{ .text .no-copy }\n" + inspect.cleandoc("\n".join(lines)) + "\n```"
     return prose(_joined(lines))
 
 
@@ -79,7 +79,7 @@ def _joined(lines: list[str]) -> str:
     for start, line in enumerate(lines):
         if start and line.startswith("    "):
             tail = "\n".join(lines[start:])
-            return "\n".join(lines[:start]) + "\n\n```text\n" + inspect.cleandoc(tail) + "\n```"
+            return "\n".join(lines[:start]) + "\n\n```{ .text .no-copy }\n" + inspect.cleandoc(tail) + "\n```"
     return "\n".join(lines)
 
 
@@ -274,7 +274,8 @@ def _help(function: Callable[..., Any]) -> str:
         if command:
             paragraphs.append(f"```sh\n{command[1]}\n```")
         else:
-            paragraphs.append(prose(re.sub(r"\[bold\](.*?)\[/bold\]", r"`\1`", paragraph)))
+            words = re.sub(r"\[bold\](.*?)\[/bold\]", r"`\1`", paragraph)
+            paragraphs.append(prose(re.sub(r"(?<![`\w])(--[a-z-]+)(?!.*`$)", r"`\1`", words)))
     return "\n\n".join(paragraphs)
 
 
@@ -315,10 +316,11 @@ def _plain(text: str) -> str:
 def _options(function: Callable[..., Any]) -> Iterator[str]:
     panels: dict[str, list[str]] = {}
     for panel, flags, kind, default, text in options(function):
-        flag = "<br>".join(f"`{flag}`" for part in flags.split() for flag in part.split("/"))
-        shown = default if default in ("", "*required*") else f"`{default}`"
-        cells = [flag, html.escape(kind), shown, prose(text)]
+        name = "<br>".join(f"`{flag}`" for part in flags.split() for flag in part.split("/"))
+        value = f"<br><small>{html.escape(kind)}</small>" if kind else ""
+        end = " *required*" if default == "*required*" else f" Default: `{default}`" if default else ""
+        cells = [name + value, prose(text) + end]
         panels.setdefault(panel, []).append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
     for panel, rows in panels.items():
         title = f"**{panel}**\n\n" if panel else ""
-        yield title + "\n".join(["| option | value | default | |", "| --- | --- | --- | --- |", *rows])
+        yield title + "\n".join(["| option | |", "| --- | --- |", *rows])

@@ -73,7 +73,7 @@ def methods_table(link: str) -> str:
     for slug, card in sorted(weft.cards().items(), key=lambda item: (item[1].pillar, item[0])):
         name = f"[`{slug}`]({link.format(slug=slug, pillar=card.pillar)})"
         rows.append([name, prose(card.summary), paper(card), card.exports])
-    return table(["method", "what it is", "paper", "as a plain LoRA"], rows)
+    return table(["method", "what it is", "paper", "as LoRA"], rows)
 
 
 def readme(text: str) -> str:
@@ -92,7 +92,7 @@ def method_page(slug: str) -> str:
     rest = inspect.cleandoc(module.__doc__ or "").partition("\n\n")[2]
     parts = [
         f"# {name}",
-        f"*{prose(idea.rstrip('.'))}.* {{ .lead }}" if idea else "",
+        f"*{prose(idea.rstrip('.'))}.*\n{{ .lead }}" if idea else "",
         f"`{slug}` · {paper(card)} ({card.year}) · source: `src/weft/{card.pillar}/{slug}.py`",
         _limits(card),
         "## The method",
@@ -134,7 +134,7 @@ def _usage(slug: str, card: weft.Card) -> str:
     if card.needs:
         lines.append(f"weft.prepare(model, config, {', '.join(f'{need}={need}' for need in card.needs)})")
     lines.append("model = get_peft_model(model, config)")
-    command = f"weft adapt --model builtin:pycode --data builtin:pydocs --method {slug} --output runs/{slug}"
+    command = f"weft adapt --model builtin:pycode --data builtin:pydocs \\\n    --method {slug} --output runs/{slug}"
     return "```python\n" + "\n".join(lines) + f"\n```\n\n```sh\n{command}\n```"
 
 
@@ -159,11 +159,11 @@ def _options(slug: str) -> str:
 
 
 def _option_table(options: list[Any]) -> str:
-    rows = [
-        [f"`{option.name}`", prose(option.type_name), f"`{_shown(option.default)}`", prose(option.help)]
-        for option in options
-    ]
-    return table(["option", "type", "default", ""], rows)
+    rows = []
+    for option in options:
+        name = f"`{option.name}`<br><small>{prose(option.type_name)}</small>"
+        rows.append([name, f"`{_shown(option.default)}`", prose(option.help)])
+    return table(["option", "default", ""], rows)
 
 
 def _shown(value: Any) -> str:

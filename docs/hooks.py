@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Wide tables scroll by themselves, so that a phone shows the page at its own width."""
-    return html.replace("<table>", '<div class="table" tabindex="0"><table>').replace("</table>", "</table></div>")
+    """Wide tables scroll in a frame of their own, short words of code stay on one line: for phones."""
+    html = html.replace("<table>", '<div class="table" tabindex="0"><table>').replace("</table>", "</table></div>")
+    return re.sub(r"<code>([^<\s]{1,28})</code>", r'<code class="word">\1</code>', html)

@@ -93,5 +93,8 @@ def test_one_file_makes_a_method(tmp_path):
     assert found["decays"] == [0.0, 0.1]
     assert found["same"] and found["moved"] < 1e-4 * found["size"]
     assert found["targets"] == "LORA" and "plain LoRA" in found["report"]
-    assert found["page"].startswith("# Unit LoRA") and "| `r` | int | `8` | components a layer |" in found["page"]
+    assert (
+        found["page"].startswith("# Unit LoRA")
+        and "| `r`<br><small>int</small> | `8` | components a layer |" in found["page"]
+    )
     assert found["undocumented"] == [] and found["where"]["Linear"] == "yes"

@@ -49,7 +49,7 @@ def test_every_method_has_its_page_with_all_of_its_options(slug, pages):
     card = weft.card(slug)
     assert card.arxiv in page and f"`{slug}`" in page and f"({slug}.md)" in pages["methods/index.md"]
     for option in weft.config_class(slug).own_fields():
-        assert f"| `{option.name}` |" in page, option.name
+        assert f"| `{option.name}`<br>" in page, option.name
 
 
 @pytest.mark.parametrize("slug", sorted(weft.cards("adapters")))
@@ -95,7 +95,7 @@ def test_docstrings_become_markdown():
     text = "Adds *two* numbers.\n\n    x + y\n\nArgs:\n    x: one,\n        long.\n    y, z: others.\n\n>>> 1 + 1\n2"
     assert docstrings.markdown(text).split("\n\n") == [
         "Adds &#42;two&#42; numbers.",
-        "```text\nx + y\n```",
+        "```{ .text .no-copy }\nx + y\n```",
         "**Args**",
         "- `x`: one, long.\n- `y`, `z`: others.",
         "```pycon\n>>> 1 + 1\n2\n```",

@@ -9,6 +9,8 @@ import fences
 import pytest
 import yaml
 
+import weft
+
 _WITH_PYTHON = [page for page in fences.PAGES if fences.blocks(page, "python") and page.name != "CONTRIBUTING.md"]
 _WITH_COMMANDS = [page for page in fences.PAGES if fences.commands(page)]
 
@@ -20,6 +22,28 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
     script.write_text("\n".join(fences.blocks(page, "python")), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("slug", sorted(weft.cards("adapters")))
+def test_what_a_method_page_says_attaches_it(slug):
+    import generate
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from weft.builtin import model_path
+
+    usage = generate._usage(slug, weft.card(slug))
+    code = usage.partition("```python\n")[2].partition("```")[0]
+    ids = torch.arange(2, 34)[None]
+    known = {
+        "model": AutoModelForCausalLM.from_pretrained(model_path("pycode")),
+        "batches": [{"input_ids": ids, "labels": ids}],
+    }
+    exec(code, known)
+    adapted = [name for name, _ in known["model"].named_modules() if name.endswith(f"weft_{slug}_delta")]
+    assert adapted and any(p.requires_grad for p in known["model"].parameters())
+    command = usage.partition("```sh\n")[2].partition("```")[0].replace("\\\n", " ").split()
+    _parse(command[1:])
 
 
 def test_the_readme_has_its_example_in_twelve_lines():
