@@ -36,7 +36,8 @@ class Card:
         warm_steps: optimiser steps until every trainable element has had a gradient; above 2 only with a reason.
         refuses: kinds of module that the method cannot serve, each with its reason.
         limitations: what a user should know before choosing it.
-        reasons: the argument for each property that departs from the default.
+        reasons: the argument for each property that departs from the default; under "file" it names the frozen tensors
+            that a saved adapter carries because they cannot be derived.
     """
 
     title: str

@@ -55,7 +55,8 @@ CARD = Card(
         "init_drift": (
             "ΔW starts as the best rank-r approximation of −η·sign(gradient): |ΔW| ≤ η·√(out·in), and not zero where "
             "there is a gradient"
-        )
+        ),
+        "file": "A and B: they come from gradients of the user's data",
     },
 )
 

@@ -44,6 +44,9 @@ CARD = Card(
         "The frozen factors take r·(in + out) numbers a weight in memory, and in the file unless store_factors=False. "
         "On a model without weights the energy rule counts every singular value."
     ),
+    reasons={
+        "file": "A, B and S: another machine or number of threads may find other singular vectors of the same weight"
+    },
 )
 
 
