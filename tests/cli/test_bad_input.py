@@ -103,6 +103,10 @@ def test_data_that_is_missing_or_of_no_known_kind(bad, tmp_path):
     bad(data=tmp_path / "folder", says=("holds no data file",))
 
 
+def test_a_data_set_that_the_hub_does_not_give(bad):
+    bad(data="nobody/nothing", says=("nobody/nothing", "cannot be had from the hub"))
+
+
 def test_empty_data(bad, tmp_path):
     for name in ("a.txt", "a.jsonl", "a.csv"):
         (tmp_path / name).write_text("  \n")

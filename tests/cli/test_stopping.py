@@ -110,6 +110,13 @@ def test_starting_again_is_refused_where_it_would_mix_runs(weft, refuse, adapt_w
     assert (output / "adapter_model.safetensors").read_bytes() != before
 
 
+def test_what_a_kill_left_of_the_first_file_is_no_obstacle(weft, adapt_words, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / ".run.yaml.partial").write_text("model:")
+    assert weft(*adapt_words(output, steps=1))[0] == 0
+
+
 def test_resuming_a_finished_run_changes_nothing(weft, adapt_words, tmp_path):
     output = tmp_path / "out"
     assert weft(*adapt_words(output))[0] == 0

@@ -88,9 +88,11 @@ def method_keys_of(name: str) -> dict[str, str]:
 
 def _method_values(method: Method) -> dict[str, Any]:
     """The value of each of the method's options: what was given, or what the config settled on."""
-    from weft.run.methods import method_options
+    from weft.run.methods import OF_THE_RUN, method_options
 
-    return {option.name: getattr(method.config, option.name, option.default) for option in method_options(method.name)}
+    names = [option.name for option in method_options(method.name)]
+    settled = {name: getattr(method.config, name, None) for name in names}
+    return {name: value for name, value in settled.items() if name not in OF_THE_RUN or name in method.options}
 
 
 def _plain(value: Any) -> Any:
@@ -268,7 +270,8 @@ def settle_output(run: Request, resume: bool | None) -> bool:
     if resume is False:
         return False
     if not run_file.exists():
-        if output.is_dir() and any(output.iterdir()) and not resume:
+        others = [path for path in output.iterdir() if not path.name.endswith(".partial")] if output.is_dir() else []
+        if others and not resume:
             raise UsageError(f"output folder {str(output)!r} holds other files; name a new one")
         return False
     before = yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}

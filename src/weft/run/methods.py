@@ -220,6 +220,27 @@ def config_for(method: Method, model: nn.Module) -> PeftConfig:
     return config
 
 
+# Fields of a method's config that speak of the run: where they are not given, they follow it.
+OF_THE_RUN = ("learning_rate", "warmup_ratio", "total_steps", "seed")
+
+
+def following(method: Method, run: dict[str, Any]) -> Method:
+    """The method with those fields of its config that speak of the run set to the run's own values.
+
+    What the user set for the method stays. Raises UsageError where the method refuses a value.
+    """
+    known = {option.name for option in method_options(method.name)}
+    values = {name: run[name] for name in OF_THE_RUN if name in run and name in known - method.options.keys()}
+    if not values or method.config is None:
+        return method
+    return resolve_with(method, values)
+
+
+def resolve_with(method: Method, values: dict[str, Any]) -> Method:
+    """The method with further options, and the same record of what the user set."""
+    return dataclasses.replace(resolve(method.name, {**method.options, **values}), options=method.options)
+
+
 def check_fits(method: Method, model: nn.Module) -> list[str]:
     """The names of the modules that the method will change; works on a model without weights.
 

@@ -66,18 +66,22 @@ class TrainResult:
     ranks: dict[str, int] = field(default_factory=dict)
 
 
+# Rows that a method which looks at gradients before it attaches gets to see; LoRA-SB's authors use 50 to 170.
+_PREPARING_ROWS = 64
+
+
 class _Batches:
-    """Training batches in a seeded order, as often as they are asked for, on one device."""
+    """The first training batches in a seeded order, as often as they are asked for, on one device."""
 
     def __init__(self, splits: Splits, batch_size: int, seed: int, device: torch.device) -> None:
         self.splits, self.batch_size, self.seed, self.device = splits, batch_size, seed, device
 
     def __len__(self) -> int:
-        return -(-len(self.splits.train) // self.batch_size)
+        return -(-min(_PREPARING_ROWS, len(self.splits.train)) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         order = torch.randperm(len(self.splits.train), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        for start in range(0, len(order), self.batch_size):
+        for start in range(0, min(_PREPARING_ROWS, len(order)), self.batch_size):
             rows = [self.splits.train[row] for row in order[start : start + self.batch_size]]
             batch = collate(rows, self.splits.pad_token_id)
             yield {name: value.to(self.device) for name, value in batch.items()}
@@ -108,6 +112,7 @@ def train(
     output = Path(output) if output is not None else None
     torch.manual_seed(settings.seed)
     base.model.to(args.device)
+    method = _methods.following(method, {**vars(settings), "total_steps": total_steps(splits, args)})
     model = _methods.attach(method, base.model, _Batches(splits, settings.batch_size, settings.seed, args.device))
     trainable = _count(model)
     checkpoint = checkpoints.newest(output) if resume and output is not None else None

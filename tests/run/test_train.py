@@ -1,0 +1,164 @@
+"""Training: it learns, it counts, it repeats itself."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from weft.errors import UsageError, WeftError
+from weft.run import data, methods
+from weft.run.models import load_base
+from weft.run.settings import TrainSettings
+from weft.run.train import total_steps, train, training_arguments
+
+
+def run(model, corpus, method="peft:lora", options=None, output=None, task="causal-lm", **settings):
+    tokenizer = load_base(str(model), task, num_labels=2, weights=False).tokenizer
+    splits = data.load_splits(str(corpus), task, tokenizer, max_length=32)
+    base = load_base(str(model), task, labels=splits.labels, tokenizer=tokenizer)
+    basic = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "eval_steps": 3, "logging_steps": 2}
+    chosen = methods.resolve(method, options or {})
+    return train(base, splits, chosen, TrainSettings(**{**basic, **settings}), output, progress=False)
+
+
+def losses(result):
+    return [row["loss"] for row in result.curve if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Two classes that one word tells apart."""
+    rows = [
+        {"text": f"the {'weft' if number % 2 else 'warp'} {text}", "label": "weft" if number % 2 else "warp"}
+        for number, text in enumerate(tiny.sentences(80, seed=5))
+    ]
+    for row in rows:
+        other = "warp" if row["label"] == "weft" else "weft"
+        row["text"] = row["text"].replace(other, "loom")
+    return tiny.write_jsonl(tmp_path_factory.mktemp("labelled") / "rows.jsonl", rows)
+
+
+def test_it_learns_and_reports(llama, corpus, tmp_path):
+    result = run(llama, corpus, output=tmp_path, max_steps=20, learning_rate=0.02)
+    assert losses(result)[-1] < losses(result)[0] - 0.1
+    assert [row["step"] for row in result.curve if "loss" in row] == list(range(2, 21, 2))
+    assert result.steps == 20
+    assert result.validation["loss"] == pytest.approx(result.curve[-1]["eval_loss"])
+    assert set(result.ranks.values()) == {8} and len(result.ranks) == 14
+    assert result.trainable == sum(8 * (m.in_features + m.out_features) for m in lora_layers(result.model))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, 21, 2))
+
+
+def lora_layers(model):
+    return [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def test_the_file_size_is_the_files(llama, corpus, tmp_path):
+    result = run(llama, corpus, max_steps=1)
+    result.model.save_pretrained(tmp_path)
+    assert result.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+def test_equal_seeds_are_equal_and_others_are_not(llama, corpus):
+    options = {"lora_dropout": 0.2}
+    first, again, other = (run(llama, corpus, options=options, seed=seed) for seed in (1, 1, 2))
+    assert first.curve == again.curve
+    for one, two in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert first.curve != other.curve
+
+
+def test_evaluating_and_saving_change_nothing(llama, corpus, tmp_path):
+    options = {"lora_dropout": 0.2}
+    plain = run(llama, corpus, options=options, eval_steps=0)
+    watched = run(llama, corpus, options=options, eval_steps=1, save_steps=1, output=tmp_path)
+    assert losses(plain) == losses(watched)
+
+
+def test_accumulated_is_a_large_batch(llama, corpus):
+    """Equal weight for every token, whichever micro-batch it is in."""
+    large = run(llama, corpus, batch_size=8, gradient_accumulation=1)
+    small = run(llama, corpus, batch_size=2, gradient_accumulation=4)
+    assert losses(large) == pytest.approx(losses(small), rel=1e-4)
+    assert large.validation["loss"] == pytest.approx(small.validation["loss"], rel=1e-4)
+
+
+def test_classification_learns_to_tell_two_words_apart(llama, labelled):
+    result = run(llama, labelled, task="classification", max_steps=60, batch_size=8, learning_rate=0.02)
+    assert result.validation["accuracy"] > 0.9
+    assert result.validation["matthews"] > 0.7
+    assert len(result.validation["per_document"]) == 8
+    wrong = sum(error for error, _ in result.validation["per_document"])
+    assert result.validation["accuracy"] == 1 - wrong / 8
+
+
+def test_classification_with_an_encoder_trains_the_head_too(bert, labelled):
+    result = run(bert, labelled, task="classification", max_steps=2)
+    names = [name for name, parameter in result.model.named_parameters() if parameter.requires_grad]
+    assert any("classifier" in name for name in names) and any("lora_A" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["base", "head", "full"])
+def test_references_run(name, llama, corpus):
+    result = run(llama, corpus, name)
+    assert result.steps == (0 if name == "base" else 6)
+    assert (result.trainable == 0) == (name == "base")
+    assert result.validation["loss"] > 0
+
+
+def test_bfloat16_keeps_the_adapter_in_float32(llama, corpus):
+    splits = data.load_splits(str(corpus), "auto", load_base(str(llama), "causal-lm", weights=False).tokenizer)
+    base = load_base(str(llama), "causal-lm", dtype=torch.bfloat16)
+    settings = TrainSettings(max_steps=3, batch_size=2, learning_rate=0.01, bf16=True)
+    result = train(base, splits, methods.resolve("peft:lora"), settings, None, progress=False)
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in result.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert losses(result) and torch.tensor(losses(result)).isfinite().all()
+
+
+def test_gradient_checkpointing_changes_nothing(llama, corpus):
+    options = {"lora_dropout": 0.2}
+    plain = run(llama, corpus, options=options)
+    recomputed = run(llama, corpus, options=options, gradient_checkpointing=True)
+    assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-5)
+
+
+def test_steps_are_counted_as_trainer_does(llama, corpus):
+    splits = data.load_splits(str(corpus), "auto", load_base(str(llama), "causal-lm", weights=False).tokenizer)
+    for batch_size, accumulation, epochs in ((4, 1, 1), (4, 4, 2), (7, 3, 1.5), (100, 1, 3)):
+        settings = TrainSettings(
+            epochs=epochs, batch_size=batch_size, gradient_accumulation=accumulation, learning_rate=0.01, eval_steps=0
+        )
+        method = methods.resolve("peft:lora")
+        expected = total_steps(splits, training_arguments(settings.with_recipe(method), None))
+        base = load_base(str(llama), "causal-lm")
+        assert train(base, splits, method, settings, None, progress=False).steps == expected
+
+
+def test_adalora_needs_steps_between_its_phases(llama, corpus):
+    with pytest.raises(UsageError, match=r"tinit \+ tfinal = 9 must be below the 6 steps"):
+        run(llama, corpus, "peft:adalora", {"tinit": 5, "tfinal": 4})
+
+
+def test_a_gradient_that_is_no_number_stops_too(llama, corpus, tmp_path):
+    """A finite loss whose gradient overflows would spoil the weights unseen."""
+    from weft.run import loop
+
+    class Broken(loop.StepTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.state.global_step == 3:
+                next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+            return loss
+
+    import weft.run.train as module
+
+    original = module.StepTrainer
+    module.StepTrainer = Broken
+    try:
+        with pytest.raises(WeftError, match=r"gradient's norm became .* at step 4, .*checkpoint-3"):
+            run(llama, corpus, output=tmp_path, save_steps=1)
+    finally:
+        module.StepTrainer = original
