@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import re
+import shlex
 import subprocess
 import sys
 
@@ -59,6 +62,21 @@ def test_command_lines_are_taken(page, tmp_path, monkeypatch):
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     for words in fences.commands(page):
         _parse(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in fences.PAGES if fences.blocks(page, "console")], ids=fences.name)
+def test_shown_outputs_are_what_the_commands_print(page, tmp_path, monkeypatch, capfd):
+    from weft.cli.main import run
+
+    monkeypatch.chdir(tmp_path)
+    shown = [part for block in fences.blocks(page, "console") for part in re.split(r"^\$ weft ", block, flags=re.M)[1:]]
+    for part in shown:
+        command, _, wanted = part.partition("\n")
+        run(shlex.split(command))
+        got = capfd.readouterr()
+        same = doctest.OutputChecker().check_output(wanted, got.out + got.err, doctest.ELLIPSIS)
+        assert same, f"weft {command} printed:\n{got.out}{got.err}"
 
 
 def test_an_option_that_is_not_there_is_found():
