@@ -181,11 +181,11 @@ def training_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _in_adapter(model: nn.Module, name: str) -> bool:
+def _in_adapter(model: Any, name: str) -> bool:
     """Whether a state name belongs to an adapter: the part of the name that PEFT's prefix for the method marks."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    config = model.peft_config[model.active_adapter]  # type: ignore[index,union-attr]
+    config = model.peft_config[model.active_adapter]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
     return (prefix is not None and prefix in name) or ".modules_to_save." in name
 

@@ -73,7 +73,7 @@ class Splits:
 class _Encoder:
     """Turns rows of one kind into token rows and counts what was lost."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # HF's tokenizer; its own annotations do not say what a call returns
     kind: str
     max_length: int
     notes: list[str] = field(default_factory=list)
@@ -140,14 +140,14 @@ class _Encoder:
         yield encoded["input_ids"], row["label"], *types
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, row: sources.Row, max_length: int) -> dict[str, Any]:
+def encode_pair(tokenizer: Any, row: sources.Row, max_length: int) -> dict[str, Any]:
     """Token ids of a row to classify, cut to `max_length`, with token types where the tokenizer makes them."""
     pair = (row["text1"], row["text2"]) if "text1" in row else (row["text"],)
     encoded = tokenizer(*pair, truncation=True, max_length=max_length)
     return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int] | None]:
+def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int] | None]:
     """Token ids of a conversation, and which of them the assistant said; None where the template hides that."""
     template = tokenizer.get_chat_template()
     if "{% generation %}" in template or "{%- generation" in template:
@@ -168,7 +168,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     return ids, mask
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **extra: Any) -> list[int]:
+def _template_ids(tokenizer: Any, messages: list[dict[str, str]], **extra: Any) -> list[int]:
     import jinja2
 
     try:

@@ -45,7 +45,7 @@ def measure_rows(
     model.eval()
     lengths = dataset.with_format(None)["input_ids"]
     by_length = sorted(rows, key=lambda row: (len(lengths[row]), row))  # little padding, the same batches every time
-    measured = []
+    measured: list[tuple[int, int, float, int, int]] = []
     try:
         with torch.inference_mode(), _autocast(device, bf16):
             for batch in _batches(dataset, by_length, batch_size):
@@ -81,11 +81,9 @@ def _measure(
         predicted = logits.argmax(-1).tolist()
         return list(zip(rows, documents, nats, predicted, labels.tolist(), strict=True))
     targets = labels[:, 1:]  # logits (rows, tokens, vocabulary)
-    nats = cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    ).double()
+    each = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     counts = (targets != IGNORED).sum(1).tolist()
-    return list(zip(rows, documents, nats.sum(1).tolist(), counts, [-1] * len(rows), strict=True))
+    return list(zip(rows, documents, each.double().sum(1).tolist(), counts, [-1] * len(rows), strict=True))
 
 
 def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> dict[str, Any]:

@@ -53,7 +53,10 @@ class StepTrainer(Trainer):
     `step_loss` is the loss of the optimiser step under way, on the device, summed over its micro-batches.
     """
 
-    step_loss: torch.Tensor | None = None
+    step_loss: torch.Tensor
+    model: Any  # Trainer says that each of these may be None, which they are not while it trains
+    optimizer: Any
+    lr_scheduler: Any
     adalora: AdaLora | None = None
     _micro = 0
 
@@ -107,7 +110,6 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        assert trainer.step_loss is not None
         facts = torch.stack([trainer.step_loss.float(), torch.tensor(float(self.stop_asked), device=args.device)])
         if args.world_size > 1:  # one small reduction a step, so that all processes stop together
             torch.distributed.all_reduce(facts)
@@ -138,7 +140,7 @@ class Watch(TrainerCallback):
         if self.output is not None and (
             (self.save_steps and (step % self.save_steps == 0 or last)) or self.interrupted
         ):
-            self._save(step)
+            self._save(self.output, step)
 
     # --- what they do ---
 
@@ -181,14 +183,13 @@ class Watch(TrainerCallback):
         with (self.output / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _save(self, step: int) -> None:
+    def _save(self, output: Path, step: int) -> None:
         trainer = self.trainer
-        accelerator = trainer.accelerator
         error: BaseException | None = None
         if trainer.is_world_process_zero():
             facts = {"curve": self.curve, "window": self.window, "processes": trainer.args.world_size}
             try:
-                checkpoints.save(self.output, step, functools.partial(_fill_checkpoint, trainer), facts)
+                checkpoints.save(output, step, functools.partial(_fill_checkpoint, trainer), facts)
             except Exception as raised:  # told to the other processes first, then raised
                 error = raised
         if trainer.args.world_size > 1:
@@ -196,7 +197,7 @@ class Watch(TrainerCallback):
             torch.distributed.all_reduce(failed)
             if failed.item() and error is None:
                 raise WeftError(f"the first process could not write the checkpoint of step {step}")
-            accelerator.wait_for_everyone()
+            trainer.accelerator.wait_for_everyone()
         if error is not None:
             raise error
 

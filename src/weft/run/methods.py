@@ -211,7 +211,7 @@ def task_type(model: nn.Module) -> str | None:
     return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
 
 
-def config_for(method: Method, model: nn.Module) -> PeftConfig:
+def config_for(method: Method, model: nn.Module) -> Any:
     """A copy of the method's config that fits the model's task, ready to be attached."""
     config = copy.deepcopy(method.config)
     if config is None:
@@ -250,7 +250,7 @@ def check_fits(method: Method, model: nn.Module) -> list[str]:
         return []
     import torch
 
-    config = method.config
+    config: Any = method.config
     modules = {name: module for name, module in model.named_modules() if name}
     if getattr(config, "target_parameters", None) and not config.target_modules:
         return list(config.target_parameters)
@@ -299,8 +299,7 @@ def matched_modules(method: Method, model: nn.Module) -> list[str]:
     """The names of the modules that `target_modules` selects, in the model's order; PEFT's own rules."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    config = config_for(method, model)
-    config = _maybe_include_all_linear_layers(config, model)
+    config: Any = _maybe_include_all_linear_layers(config_for(method, model), model)
     if config.target_modules is None:
         return []
     if isinstance(config.target_modules, list):
@@ -343,12 +342,12 @@ def attach(method: Method, model: nn.Module, batches: Iterable[dict[str, Any]] |
         raise UsageError(f"{method.name}: {_one_sentence(error)}") from error
 
 
-def _train_head_only(model: nn.Module) -> nn.Module:
+def _train_head_only(model: Any) -> nn.Module:
     """Freeze all but the output head; a head tied to the input embedding gets a copy of its own first."""
     import torch
 
     model.requires_grad_(False)
-    head = _head(model)
+    head: Any = _head(model)
     embedding = model.get_input_embeddings()
     if getattr(head, "weight", None) is getattr(embedding, "weight", None):
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -357,7 +356,7 @@ def _train_head_only(model: nn.Module) -> nn.Module:
     return model
 
 
-def _head(model: nn.Module) -> nn.Module:
+def _head(model: Any) -> nn.Module:
     for name in ("score", "classifier"):
         if hasattr(model, name):
             return getattr(model, name)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, WeftError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-Task = Literal["causal-lm", "classification"]
-TASKS: tuple[Task, ...] = ("causal-lm", "classification")
+TASKS = ("causal-lm", "classification")
 
 
 @dataclass
 class Base:
     """A base model before anything is attached; `model` is on the meta device if it was asked for without weights."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any  # a transformers model, and in time what PEFT makes of it
+    tokenizer: Any
     name: str
-    task: Task = "causal-lm"
+    task: str = "causal-lm"
 
 
 def locate(spec: str) -> str:
@@ -63,7 +62,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 
 def load_base(
     spec: str,
-    task: Task,
+    task: str,
     *,
     dtype: torch.dtype | None = None,
     num_labels: int | None = None,

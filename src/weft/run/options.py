@@ -181,7 +181,7 @@ def _coerce_container(value: Any, annotation: Any, origin: type) -> Any:
         if not arguments:
             return value
         return {coerce(key, arguments[0]): coerce(item, arguments[1]) for key, item in value.items()}
-    if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) and isinstance(value, dict):
         return annotation(**value)
     if isinstance(annotation, type) and isinstance(value, annotation):
         return value

@@ -44,7 +44,7 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
     if not adapter.is_dir():
         raise UsageError(f"adapter {str(adapter)!r} is not a folder")
     labels = _read_json(adapter / LABELS_FILE) if (adapter / LABELS_FILE).exists() else None
-    run = {}
+    run: dict[str, Any] = {}
     if (adapter / RUN_FILE).exists():
         import yaml
 

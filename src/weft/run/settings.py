@@ -86,14 +86,17 @@ def training_arguments(settings: TrainSettings, output: Path | None) -> Training
 
     known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
     recompute = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    chosen: dict[str, Any] = {  # what a method's recipe has filled in by now
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        recompute: settings.gradient_checkpointing,
+    }
     return TrainingArguments(
         output_dir=str(output) if output else tempfile.gettempdir(),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=settings.warmup_ratio or 0,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.epochs,
@@ -108,7 +111,7 @@ def training_arguments(settings: TrainSettings, output: Path | None) -> Training
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        **{recompute: settings.gradient_checkpointing},
+        **chosen,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         log_level="error",

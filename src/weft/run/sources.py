@@ -81,8 +81,8 @@ def read(
         raise UsageError(f"data {spec!r} holds no rows to train on")
     kind = _kind(spec, splits["train"][0], task)
     for name in SPLITS:
-        splits[name] = [_checked(row, kind, f"{name} row {number}", spec) for number, row in enumerate(splits[name], 1)]
-        splits[name] = [row for row in splits[name] if row]
+        checked = [_checked(row, kind, f"{name} row {number}", spec) for number, row in enumerate(splits[name], 1)]
+        splits[name] = [row for row in checked if row]
     if not splits["train"]:
         raise UsageError(f"data {spec!r} holds only empty texts")
     rows = Rows(splits["train"], splits["validation"], splits["test"], kind)

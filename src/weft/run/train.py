@@ -212,7 +212,7 @@ def _trim_metrics(path: Path, step: int) -> None:
     checkpoints.write_text(path, "".join(kept))
 
 
-def save_result(model: nn.Module, tokenizer: Any, output: Path) -> None:
+def save_result(model: Any, tokenizer: Any, output: Path) -> None:
     """Put the adapter (or, for full and head-only training, the model and tokenizer) into `output`, file by file whole.
 
     Raises WeftError where the disk is full.
@@ -238,7 +238,7 @@ def _remake(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _released(model: nn.Module, method: Method) -> tuple[int | None, dict[str, int]]:
+def _released(model: Any, method: Method) -> tuple[int | None, dict[str, int]]:
     """Bytes of the tensors that would be passed on (the adapter's, or the whole model's), and each module's rank."""
     if method.name == "base":
         return None, {}
@@ -252,7 +252,7 @@ def _released(model: nn.Module, method: Method) -> tuple[int | None, dict[str, i
     return size, _module_ranks(model, saved)
 
 
-def _module_ranks(model: nn.Module, saved: dict[str, Any]) -> dict[str, int]:
+def _module_ranks(model: Any, saved: dict[str, Any]) -> dict[str, int]:
     """The rank of the adapter on each adapted module, as the saved config tells it; empty for methods without rank."""
     if not isinstance(saved.get("r"), int):
         return {}
