@@ -136,10 +136,10 @@ def test_layers_of_one_shape_share_their_bases_and_free_them():
         return sum(key[0].startswith("77/") for _, key in _bases._known)
 
     first, second, third = attach(seed=77)[1]
-    assert first.p.chunks[0] is third.p.chunks[0] and first.p.chunks[0] is not second.p.chunks[0]
+    assert first.p.pieces[0] is third.p.pieces[0] and first.p.pieces[0] is not second.p.pieces[0]
     assert held() == 4
     first, second, third = attach(seed=77, share_basis=False)[1]
-    assert not torch.equal(*(d.p.chunks[0].tensor(torch.device("cpu")) for d in (first, third)))
+    assert not torch.equal(*(d.p.pieces[0].tensor(torch.device("cpu")) for d in (first, third)))
     assert held() == 6
     del first, second, third
     assert held() == 0
@@ -149,9 +149,9 @@ def test_copies_and_pickles_share_the_bases():
     model, (d, *_) = attach()
     move([d])
     twin = copy.deepcopy(d)
-    assert twin.p.chunks[0] is d.p.chunks[0] and torch.equal(twin.delta(), d.delta())
+    assert twin.p.pieces[0] is d.p.pieces[0] and torch.equal(twin.delta(), d.delta())
     read = pickle.loads(pickle.dumps(d.p))
-    assert read.chunks[0] is d.p.chunks[0] and torch.equal(read(d.a), d.p(d.a))
+    assert read.pieces[0] is d.p.pieces[0] and torch.equal(read(d.a), d.p(d.a))
 
 
 @pytest.mark.parametrize("basis", ["stored", "regenerate"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.adapters._delta import Site
+from weft.adapters._config import AdapterConfig
 from weft.algebra.random import checksum
 from weft.errors import UsageError
 
@@ -61,10 +61,10 @@ def fingerprint(*tensors: Tensor) -> str:
     return checksum(torch.cat([t.detach().float().flatten().cpu() for t in tensors]))
 
 
-def verify(site: Site, found: str, saved: dict[str, str]) -> None:
+def verify(name: str, found: str, config: AdapterConfig) -> None:
     """Raise UsageError where a saved adapter was trained with other seeded numbers than are drawn here."""
-    if site.stored and saved.get(site.name) != found:
+    if config.checksums.get(name) != found:
         raise UsageError(
-            f"the seeded numbers drawn for {site.name} are not those that the adapter was trained with: load it with "
-            "the version of torch that saved it, or export it there with weft export --to lora or merged"
+            f"the seeded numbers drawn for {name} are not those that the adapter was trained with: load it with the "
+            "version of torch that saved it, or export it there with weft export --to lora or merged"
         )

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.adapters._bases import fingerprint, shared_basis, verify
+from weft.adapters._bases import SharedBasis, fingerprint, shared_basis, verify
 from weft.adapters._config import AdapterConfig
 from weft.adapters._core import on_meta
 from weft.adapters._delta import Group, LowRankDelta, Site
@@ -97,7 +97,7 @@ class NolaDelta(LowRankDelta):
             nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=generator("nola", config.seed, site.name, "A0"))
         self.register_buffer("A0", a0.to(site.device), persistent=False)
         if site.stored and not on_meta(site):
-            verify(site, self._fingerprint(), config.checksums)
+            verify(site.name, self._fingerprint(), config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.q(self.b), self.A0 + self.p(self.a)
@@ -131,68 +131,64 @@ class Mixture:
     """c ↦ Σ_i c_i·P_i / √k, from stored or from regenerated matrices P_i (rows × cols)."""
 
     def __init__(self, key: str, config: NolaConfig, rows: int, cols: int) -> None:
-        self.key, self.rows, self.cols, self.config = key, rows, cols, config
-        k, step = config.num_basis, config.chunk
-        self.pieces = [(start, min(start + step, k)) for start in range(0, k, step)]
-        stored = config.basis == "stored"
-        # both forms add the same pieces in the same order, each in memory of its own: equal to the last bit
-        self.chunks = [shared_basis(draw, key, rows, cols, *piece) for piece in self.pieces] if stored else []
+        self.key, self.rows, self.cols = key, rows, cols
+        self.chunk, self.stored = config.chunk, config.basis == "stored"
+        # drawn on first use; the layers that hold a piece keep it in memory
+        self.pieces = list(_pieces(key, rows, cols, config.num_basis, config.chunk)) if self.stored else []
 
     def __call__(self, c: Tensor) -> Tensor:
-        c = c / math.sqrt(len(c))
-        if not self.chunks:
-            return mix_drawn(c, self.key, self.rows, self.cols, self.config.chunk)
-        parts = [
-            c[start:stop] @ chunk.tensor(c.device).to(c.dtype).flatten(1)
-            for (start, stop), chunk in zip(self.pieces, self.chunks)
-        ]
-        return sum(parts[1:], parts[0]).view(self.rows, self.cols)
+        return mix(c / math.sqrt(len(c)), self.key, self.rows, self.cols, self.chunk, self.stored)
 
     def stored_bytes(self) -> int:
         """Bytes of the random matrices in memory; layers that share them hold them once."""
-        return sum(chunk.stored_bytes() for chunk in self.chunks)
+        return sum(piece.stored_bytes() for piece in self.pieces)
 
 
-def _drawn(like: Tensor, key: str, rows: int, cols: int, k: int, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
+def _pieces(key: str, rows: int, cols: int, k: int, chunk: int) -> Iterator[SharedBasis]:
     for start in range(0, k, chunk):
-        stop = min(start + chunk, k)
-        yield start, stop, draw(key, rows, cols, start, stop).to(like).flatten(1)
+        yield shared_basis(draw, key, rows, cols, start, min(start + chunk, k))
 
 
-# Operators of their own, opaque to autograd and torch.compile: neither keeps nor traces what is drawn.
+def _flat(piece: SharedBasis, like: Tensor, stored: bool) -> Tensor:
+    p = piece.tensor(like.device) if stored else piece.draw(*piece.key)
+    return p.to(like).flatten(1)
+
+
+# Operators of their own, opaque to autograd and torch.compile: neither keeps nor traces what is drawn. Stored or not,
+# the same pieces are multiplied in the same order, each in memory of its own: equal to the last bit.
 @torch.library.custom_op("weft::nola_mix", mutates_args=())
-def mix_drawn(c: Tensor, key: str, rows: int, cols: int, chunk: int) -> Tensor:
-    """Σ_i c_i·P_i, with P drawn `chunk` matrices at a time."""
+def mix(c: Tensor, key: str, rows: int, cols: int, chunk: int, stored: bool) -> Tensor:
+    """Σ_i c_i·P_i, `chunk` matrices at a time."""
     total: Any = 0
-    for start, stop, p in _drawn(c, key, rows, cols, len(c), chunk):
-        total = total + c[start:stop] @ p
+    for part, piece in zip(c.split(chunk), _pieces(key, rows, cols, len(c), chunk)):
+        total = total + part @ _flat(piece, c, stored)
     return total.view(rows, cols)
 
 
 @torch.library.custom_op("weft::nola_inner", mutates_args=())
-def inner_drawn(g: Tensor, key: str, k: int, chunk: int) -> Tensor:
+def inner(g: Tensor, key: str, k: int, chunk: int, stored: bool) -> Tensor:
     """⟨g, P_i⟩ for every i: the gradient of c."""
     rows, cols = g.shape
-    return torch.cat([p.mv(g.flatten()) for _, _, p in _drawn(g, key, rows, cols, k, chunk)])
+    return torch.cat([_flat(piece, g, stored).mv(g.flatten()) for piece in _pieces(key, rows, cols, k, chunk)])
 
 
-@mix_drawn.register_fake
-def _(c: Tensor, key: str, rows: int, cols: int, chunk: int) -> Tensor:
+@mix.register_fake
+def _(c: Tensor, key: str, rows: int, cols: int, chunk: int, stored: bool) -> Tensor:
     return c.new_empty(rows, cols)
 
 
-@inner_drawn.register_fake
-def _(g: Tensor, key: str, k: int, chunk: int) -> Tensor:
+@inner.register_fake
+def _(g: Tensor, key: str, k: int, chunk: int, stored: bool) -> Tensor:
     return g.new_empty(k)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    c, ctx.key, _, _, ctx.chunk = inputs
+    c, ctx.key, _, _, ctx.chunk, ctx.stored = inputs
     ctx.k = len(c)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return inner_drawn(g, ctx.key, ctx.k, ctx.chunk), None, None, None, None
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    return inner(g, ctx.key, ctx.k, ctx.chunk, ctx.stored), None, None, None, None, None
 
 
-mix_drawn.register_autograd(_backward, setup_context=_setup)
+mix.register_autograd(_backward, setup_context=_setup)
