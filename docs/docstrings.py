@@ -284,7 +284,9 @@ def options(function: Callable[..., Any]) -> Iterator[tuple[str, str, str, str, 
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         kind, info = typing.get_args(hints.get(parameter.name, parameter.annotation))[:2]
-        flags = list(info.param_decls or ())
+        # inside Annotated, typer takes the first name for a default until it reads it
+        first = [info.default] if isinstance(info.default, str) and info.default.startswith("-") else []
+        flags = first + list(info.param_decls or ())
         if isinstance(info, typer.models.ArgumentInfo):
             flags = [parameter.name.upper()]
         elif not flags:
@@ -318,8 +320,8 @@ def _options(function: Callable[..., Any]) -> Iterator[str]:
     for panel, flags, kind, default, text in options(function):
         name = "<br>".join(f"`{flag}`" for part in flags.split() for flag in part.split("/"))
         value = f"<br><small>{html.escape(kind)}</small>" if kind else ""
-        end = " *required*" if default == "*required*" else f" Default: `{default}`" if default else ""
-        cells = [name + value, prose(text) + end]
+        end = f"; {default}" if default == "*required*" else f"; default `{default}`" if default else ""
+        cells = [name + value, prose(text.rstrip(".")) + end]
         panels.setdefault(panel, []).append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
     for panel, rows in panels.items():
         title = f"**{panel}**\n\n" if panel else ""

@@ -11,6 +11,7 @@ result files, so a new method's file has its page without an edit anywhere.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -196,6 +197,7 @@ def _where(slug: str) -> str:
     )
 
 
+@functools.cache
 def attachments(slug: str) -> dict[str, str]:
     """For each kind of weight that the laws are tried on: "yes", or the sentence of the refusal."""
     contracts = str(ROOT / "tests" / "contracts")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import re
 import shlex
-import subprocess
-import sys
 
 import fences
 import pytest
@@ -20,11 +18,11 @@ _WITH_COMMANDS = [page for page in fences.PAGES if fences.commands(page)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", _WITH_PYTHON, ids=fences.name)
-def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(fences.blocks(page, "python")), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for block in fences.blocks(page, "python"):
+        exec(compile(block, fences.name(page), "exec"), names)
 
 
 @pytest.mark.parametrize("slug", sorted(weft.cards("adapters")))
