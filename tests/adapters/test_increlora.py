@@ -452,3 +452,43 @@ def test_what_the_sides_cannot_hold_is_refused() -> None:
         attach(chain(9, 4), r=5, target_rank=8)
     with pytest.raises(weft.UsageError, match="asks for 16 components over 2 modules, whose sides .* room for 8"):
         attach(chain(9, 4, 9), target_rank=8)
+
+
+@pytest.mark.slow
+def test_layers_that_need_rank_get_it_and_uniform_lora_is_beaten() -> None:
+    """Six layers side by side, two of which must move by an update of rank 4, with 12 components to spend."""
+
+    class Side(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 12, bias=False) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([torch.tanh(layer(x)) for layer in self.layers])
+
+    def trained(config: peft.PeftConfig) -> tuple[float, nn.Module]:
+        torch.manual_seed(0)
+        base, x = Side(), torch.randn(256, 16)
+        wanted = Side()
+        with torch.no_grad():
+            for i, (moved, layer) in enumerate(zip(wanted.layers, base.layers)):
+                u, v = torch.linalg.qr(torch.randn(12, 4)).Q, torch.linalg.qr(torch.randn(16, 4)).Q
+                moved.weight.copy_(layer.weight + (u @ v.T if i in (1, 4) else 0))
+            y = wanted(x) + 0.02 * torch.randn(6, 256, 12)
+        model = peft.get_peft_model(base, config).train()
+        args = TrainingArguments(output_dir="unused", max_steps=400, report_to="none", use_cpu=True, learning_rate=1e-2)
+        optimizer, scheduler = weft.optimizer_and_scheduler(model, args)
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss = (model(x) - y).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        return loss.item(), model
+
+    # the objective's penalty is made for losses around 1, and these end a thousand times lower
+    config = IncreloraConfig(target_rank=2, reg_orth_coef=0.0, target_modules=[f"layers.{i}" for i in range(6)])
+    ours, model = trained(config)
+    uniform, _ = trained(peft.LoraConfig(r=2, lora_alpha=16, target_modules=config.target_modules))
+    assert [d.active for d in model.modules() if isinstance(d, IncreloraDelta)] == [1, 4, 1, 1, 4, 1]
+    assert ours < 0.1 * uniform
