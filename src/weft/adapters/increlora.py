@@ -57,8 +57,8 @@ CARD = Card(
     recipe={"learning_rate": 8e-4, "lr_scheduler_type": "linear"},
     limitations=(
         "While ranks grow, each module costs one more dense product and a dense gradient (4·out·in bytes). Growth "
-        "needs ceil((target_rank − r)·modules / (k·top_h)) events: raise top_h where the run is too short for them. The "
-        "orthogonality penalty is made for losses near 1: lower reg_orth_coef for losses far below."
+        "needs ceil((target_rank − r)·modules / (k·top_h)) events: raise top_h where the run is too short for them. "
+        "The orthogonality penalty is made for losses near 1: lower reg_orth_coef for losses far below."
     ),
 )
 
