@@ -35,7 +35,7 @@ GENERATED = DOCS / "generated"
 MARKERS = ("<!-- methods: python docs/generate.py --readme -->", "<!-- /methods -->")
 
 EXPORTS = {
-    "exact": "A plain LoRA gives the same outputs; its factors are copied, not approximated.",
+    "exact": "A plain LoRA gives the same outputs.",
     "bounded": "A plain LoRA approximates it; the error is printed.",
     "refused": "It has no plain LoRA form; export it merged.",
 }
@@ -45,6 +45,12 @@ RECIPE = {
     "warmup_ratio": "share of steps in warm-up",
     "max_grad_norm": "largest norm of the gradient",
     "lr_scheduler_type": "schedule",
+}
+REASONS = {
+    "exports": "why it leaves so",
+    "file": "what its file carries beside what is trained",
+    "init_drift": "why not zero",
+    "warm_steps": "why it takes so long",
 }
 
 
@@ -181,7 +187,7 @@ def _facts(card: weft.Card) -> str:
         ["before attaching it needs", ", ".join(f"`{need}`" for need in card.needs) or "nothing"],
         ["as a plain LoRA", f"{card.exports}. {EXPORTS.get(card.exports, '')}"],
     ]
-    reasons = [[f"why {key.replace('_', ' ')}", prose(text)] for key, text in card.reasons.items()]
+    reasons = [[REASONS.get(key, f"why {key.replace('_', ' ')}"), prose(text)] for key, text in card.reasons.items()]
     return table(["", ""], facts + reasons)
 
 

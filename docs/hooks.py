@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,34 @@ def on_startup(command: str, dirty: bool) -> None:
 
 
 def on_config(config: Any) -> Any:
-    """Fill the navigation's empty section Methods from the pages there are."""
-    pages = sorted((GENERATED / "methods").glob("*.md"))
-    if not pages:
-        raise PluginError("docs/generated holds no pages: run python docs/generate.py first")
-    entries = [f"methods/{page.name}" for page in pages if page.name != "index.md"]
-    for section in config.nav:
-        if "Methods" in section:
-            section["Methods"] = ["methods/index.md", *entries]
+    """Complete the navigation."""
+    complete(config.nav, sorted(page.name for page in (GENERATED / "methods").glob("*.md")))
     return config
+
+
+def complete(nav: list[dict[str, Any]], methods: list[str]) -> None:
+    """Give each method's page its line, and put pages that the navigation does not name at the end of the guide.
+
+    Args:
+        nav: mkdocs.yml's, changed in place; its section Methods is empty.
+        methods: file names of the generated pages.
+    """
+    if not methods:
+        raise PluginError("docs/generated holds no pages: run python docs/generate.py first")
+    sections = {name: pages for section in nav for name, pages in section.items()}
+    sections["Methods"] += ["methods/index.md", *(f"methods/{name}" for name in methods if name != "index.md")]
+    named = set(targets(nav))
+    for page in sorted(DOCS.rglob("*.md")):
+        place = page.relative_to(DOCS).as_posix()
+        if GENERATED not in page.parents and place not in named:
+            sections["Guide"].append(place)
+
+
+def targets(entries: list[Any]) -> Iterator[str]:
+    """The pages that a navigation names."""
+    for entry in entries:
+        for target in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from [target] if isinstance(target, str) else targets(target)
 
 
 def on_files(files: Files, config: Any) -> Files:
