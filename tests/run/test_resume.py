@@ -45,7 +45,7 @@ def uninterrupted(request, llama, corpus, tmp_path_factory):
 def test_killed_anywhere_and_resumed(uninterrupted, llama, corpus, tmp_path):
     method, wanted, instants = uninterrupted
     assert instants > 50  # steps, and every flush, rename and write of three checkpoints and the result
-    draws = 20 if method == "sora" else 5
+    draws = 20 if method == "sora" else 3
     for die_at in sorted(random.Random(method).sample(range(1, instants + 1), draws)):
         output = tmp_path / f"{die_at}"
         code = crashing.spawn(llama, corpus, output, method, METHODS[method], die_at, False)
@@ -61,6 +61,8 @@ def test_killed_anywhere_and_resumed(uninterrupted, llama, corpus, tmp_path):
 def test_killed_again_and_again(uninterrupted, llama, corpus, tmp_path):
     """A process that dies in every attempt still gets there, as long as one checkpoint is finished each time."""
     method, wanted, instants = uninterrupted
+    if method not in ("sora", "full"):
+        pytest.skip("one adapter and full training stand for the others")
     output = tmp_path / "out"
     attempts = 0
     while crashing.spawn(llama, corpus, output, method, METHODS[method], instants // 2, attempts > 0) != 0:
