@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -453,4 +454,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # other libraries' notices say nothing about these pages
     sys.exit(main(sys.argv[1:]))
