@@ -13,7 +13,7 @@ test: $(VENV)/.test          ## install, run all tests
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.lint          ## style, types, floors, generated files
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m weft._stubs --check
@@ -23,7 +23,7 @@ bench: $(VENV)/.test         ## speed side by side with PEFT, as ratios; results
 
 docs: $(VENV)/.docs          ## generate the method pages and build the site strictly into site/
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: $(VENV)/.docs
 	$(BIN)/python docs/generate.py

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.adapters._bases import SharedBasis, fingerprint, shared_basis, verify
+from weft.adapters._bases import SharedBasis, shared_basis, verify
 from weft.adapters._config import AdapterConfig
 from weft.adapters._core import on_meta
 from weft.adapters._delta import Delta, LowRankDelta, Site
@@ -40,7 +40,7 @@ CARD = Card(
     title="RandLoRA: Full-rank parameter-efficient fine-tuning of large models",
     arxiv="2502.00987",
     year=2025,
-    summary="A full-rank update from frozen random low-rank matrices, shared by all layers, with trained scales",
+    summary="a full-rank update from frozen random low-rank matrices, shared by all layers, with trained scales",
     recipe={"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_ratio": 0.06, "lr_scheduler_type": "linear"},
     limitations=(
         "A smaller r trains more numbers. ΔW has full rank, so an exact LoRA export is as large as the weights: merge, "
@@ -108,8 +108,7 @@ class RandloraDelta(LowRankDelta):
         return super().train(mode)
 
     def checksums(self) -> dict[str, str]:
-        cpu = torch.device("cpu")
-        return {"the bases": fingerprint(self.basis_a.tensor(cpu), self.basis_b.tensor(cpu))}
+        return {"the bases": f"{self.basis_a.fingerprint()} {self.basis_b.fingerprint()}"}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         lam, gamma = self.scale * self.lam, self.gamma
