@@ -25,6 +25,7 @@ class SharedBasis:
     def __init__(self, draw: Callable[..., Tensor], key: tuple[Hashable, ...]) -> None:
         self.draw, self.key = draw, key
         self._copies: dict[torch.device, Tensor] = {}
+        self._fingerprint: str | None = None
 
     def tensor(self, device: torch.device) -> Tensor:
         """The basis on a device; drawn on the CPU, so equal everywhere."""
@@ -33,6 +34,12 @@ class SharedBasis:
             cpu = self._copies.get(torch.device("cpu"))
             found = self._copies[device] = (self.draw(*self.key) if cpu is None else cpu).to(device)
         return found
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the drawn numbers."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.tensor(torch.device("cpu")))
+        return self._fingerprint
 
     def stored_bytes(self) -> int:
         """Bytes held on all devices."""
