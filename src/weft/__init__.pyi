@@ -5,7 +5,14 @@ from weft.adapters._training import StepCallback as StepCallback
 from weft.adapters._training import optimizer_and_scheduler as optimizer_and_scheduler
 from weft.adapters._training import prepare as prepare
 from weft.adapters._training import step as step
+from weft.adapters.allora import AlloraConfig as AlloraConfig
+from weft.adapters.dylora import DyloraConfig as DyloraConfig
+from weft.adapters.increlora import IncreloraConfig as IncreloraConfig
+from weft.adapters.lora_sb import LoraSbConfig as LoraSbConfig
+from weft.adapters.nola import NolaConfig as NolaConfig
+from weft.adapters.randlora import RandloraConfig as RandloraConfig
 from weft.adapters.sora import SoraConfig as SoraConfig
+from weft.adapters.svfit import SvfitConfig as SvfitConfig
 from weft.errors import UsageError as UsageError
 from weft.errors import WeftError as WeftError
 from weft.registry import Card as Card
