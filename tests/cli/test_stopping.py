@@ -117,6 +117,14 @@ def test_what_a_kill_left_of_the_first_file_is_no_obstacle(weft, adapt_words, tm
     assert weft(*adapt_words(output, steps=1))[0] == 0
 
 
+def test_going_on_with_another_number_of_processes_is_refused(weft, refuse, adapt_words, tmp_path):
+    output = tmp_path / "out"
+    assert weft(*adapt_words(output))[0] == 0
+    marker = output / "checkpoint-6" / "complete.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "processes": 2}))
+    refuse(2, *adapt_words(output, "--resume"), says=("written by 2 processes", "not 1"))
+
+
 def test_resuming_a_finished_run_changes_nothing(weft, adapt_words, tmp_path):
     output = tmp_path / "out"
     assert weft(*adapt_words(output))[0] == 0

@@ -137,6 +137,14 @@ def test_steps_are_counted_as_trainer_does(llama, corpus):
         assert train(base, splits, method, settings, None, progress=False).steps == expected
 
 
+def test_a_penalty_is_told_apart_from_the_loss(llama, corpus):
+    result = run(llama, corpus, "increlora", {"init_warmup": 1, "incre_interval": 1}, max_steps=26)
+    told = [row["penalty"] for row in result.curve if "loss" in row]
+    assert told and all(value > 0 for value in told)
+    plain = run(llama, corpus, "peft:lora")
+    assert not [row for row in plain.curve if "penalty" in row]
+
+
 def test_adalora_needs_steps_between_its_phases(llama, corpus):
     with pytest.raises(UsageError, match=r"tinit \+ tfinal = 9 must be below the 6 steps"):
         run(llama, corpus, "peft:adalora", {"tinit": 5, "tfinal": 4})

@@ -139,7 +139,10 @@ def resume_command(request: _adapt.Request) -> str:
     """The line that goes on with an interrupted run."""
     import shlex
 
-    return f"weft adapt --config {shlex.quote(str(request.options.output) + '/' + _adapt.RUN_FILE)} --resume"
+    file = shlex.quote(f"{request.options.output}/{_adapt.RUN_FILE}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    again = f" (launched with {processes} processes again)" if processes > 1 else ""
+    return f"weft adapt --config {file} --resume{again}"
 
 
 def outline_lines(request: _adapt.Request, outline: _adapt.Outline, whole: bool) -> list[str]:

@@ -155,6 +155,9 @@ class Watch(TrainerCallback):
     def _log(self, step: int) -> None:
         loss = sum(self.window) / len(self.window)
         row = {"step": step, "loss": loss, "learning_rate": self.trainer._get_learning_rate()}
+        penalty = _penalty(self.trainer.model)
+        if penalty is not None:
+            row["penalty"] = penalty
         self.window = []
         self.curve.append(row)
         extra = self.progress.measures() if self.progress else {}
@@ -200,6 +203,14 @@ class Watch(TrainerCallback):
             trainer.accelerator.wait_for_everyone()
         if error is not None:
             raise error
+
+
+def _penalty(model: nn.Module) -> float | None:
+    """What the methods on the model added to the objective in the last step, beside the task's loss."""
+    from weft.adapters._training import controllers
+
+    terms = [controller.last_penalty for controller in controllers(model) if controller.last_penalty is not None]
+    return float(torch.stack([term.detach().float() for term in terms]).sum()) if terms else None
 
 
 def _fill_checkpoint(trainer: StepTrainer, folder: Path) -> None:

@@ -81,7 +81,6 @@ class TrainSettings:
 
 def training_arguments(settings: TrainSettings, output: Path | None) -> TrainingArguments:
     """Trainer's own arguments for settings without gaps; logging, saving and evaluation are ours."""
-    import torch
     from transformers import TrainingArguments
 
     known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
@@ -93,6 +92,18 @@ def training_arguments(settings: TrainSettings, output: Path | None) -> Training
         "lr_scheduler_type": settings.lr_scheduler_type,
         recompute: settings.gradient_checkpointing,
     }
+    try:
+        arguments = _arguments(settings, output, chosen)
+    except ValueError as error:  # what Trainer checks itself: bfloat16 on this machine, say
+        raise UsageError(" ".join(str(error).split()).split(". ")[0].rstrip(".")) from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one accelerator; several are launched
+    return arguments
+
+
+def _arguments(settings: TrainSettings, output: Path | None, chosen: dict[str, Any]) -> TrainingArguments:
+    import torch
+    from transformers import TrainingArguments
+
     return TrainingArguments(
         output_dir=str(output) if output else tempfile.gettempdir(),
         per_device_train_batch_size=settings.batch_size,

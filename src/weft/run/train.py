@@ -117,6 +117,12 @@ def train(
     trainable = _count(model)
     checkpoint = checkpoints.newest(output) if resume and output is not None else None
     facts = (checkpoints.facts(checkpoint) if checkpoint else None) or {}
+    processes = int(facts.get("processes", args.world_size))
+    if processes != args.world_size:
+        raise UsageError(
+            f"checkpoint {checkpoint} was written by {processes} processes, each with its own rows; "
+            f"go on with as many, not {args.world_size}"
+        )
     curve: list[dict[str, Any]] = []
     steps, validation = 0, {}
     if trainable:
