@@ -302,6 +302,20 @@ def test_recomputed_gradients_are_the_same(reentrant: bool) -> None:
     torch.testing.assert_close(again, eager, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_a_loaded_adapter_goes_on_with_its_own_coefficient(low: bool, tmp_path) -> None:
+    model = peft.get_peft_model(llama(), AlloraConfig(r=4))
+    for d in deltas(model):
+        nn.init.normal_(d.B)
+        d.refresh()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low)
+    x = torch.arange(12).reshape(2, 6)
+    assert torch.equal(loaded.train()(input_ids=x).logits, model.train()(input_ids=x).logits)
+    for d, old in zip(deltas(loaded), deltas(model)):
+        assert d.c_B.max() < 2 and torch.equal(d.c_B, old.c_B)
+
+
 def test_no_scale_and_no_dropout() -> None:
     names = {f.name for f in AlloraConfig.own_fields()}
     assert not names & {"lora_alpha", "dropout", "alpha"}

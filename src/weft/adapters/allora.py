@@ -143,7 +143,9 @@ class AlloraDelta(LowRankDelta):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """c of the weights as they are."""
+        """c of the weights as they are; on a model without weights there is nothing to read."""
+        if self.A.is_meta:
+            return
         if self.norm == "delta_row":
             self.c_B.copy_(amplification(product_row_norms(self.B, self.A), self.eta))
         else:
