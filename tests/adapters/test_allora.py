@@ -313,7 +313,8 @@ def test_a_loaded_adapter_goes_on_with_its_own_coefficient(low: bool, tmp_path) 
     x = torch.arange(12).reshape(2, 6)
     assert torch.equal(loaded.train()(input_ids=x).logits, model.train()(input_ids=x).logits)
     for d, old in zip(deltas(loaded), deltas(model)):
-        assert d.c_B.max() < 2 and torch.equal(d.c_B, old.c_B)
+        assert d.c_B.max() < 2
+        torch.testing.assert_close(d.c_B, old.c_B)  # a product's last bits depend on where a file's tensors lie
 
 
 def test_no_scale_and_no_dropout() -> None:
