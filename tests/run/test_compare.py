@@ -250,12 +250,14 @@ def test_workers_interruptions_and_failures_leave_no_trace(place, tmp_path):
 
 @pytest.mark.slow
 def test_minutes_become_steps_before_the_first_run(place, tmp_path):
-    study = _study(place, methods=("peft:lora",), references=(), budget=parse_budget("minutes=0.002,steps=3"), seeds=1)
+    study = _study(place, methods=("peft:lora",), references=(), budget=parse_budget("minutes=99,steps=3"), seeds=1)
     rows = compare(study, tmp_path, workers=1)
-    steps = rows[0]["plan"]["steps"]
-    assert 1 <= steps <= 3 and rows[0]["budget"] == {"minutes": 0.002, "steps": steps}
-    assert {row["steps"] for row in rows[1:] if row["phase"] in ("grid", "final")} == {steps}
-    assert any("minutes=0.002 became" in note for note in rows[0]["notes"])
+    assert rows[0]["plan"]["steps"] == 3 and rows[0]["budget"] == {"minutes": 99.0, "steps": 3}
+    assert {row["steps"] for row in rows[1:] if row["phase"] in ("grid", "final")} == {3}
+    assert any("minutes=99 became 3 steps a run: peft:lora" in note for note in rows[0]["plan"]["notes"])
+    short = replace(study, budget=parse_budget("minutes=0.0000001"))
+    with pytest.raises(UsageError, match="minutes=1e-07 is less than one step of the slowest method"):
+        plan_study(short)
 
 
 @pytest.mark.slow

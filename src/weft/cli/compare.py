@@ -283,12 +283,13 @@ def run_study(
     ray: str | None = None,
     retry_failed: bool = False,
     header: dict[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
     again: str | None = None,
 ) -> list[Row]:
     """Run a study with a progress bar, then write its report and print its table.
 
     Args:
-        header: further fields of the results' first line.
+        header, notes: further fields and sentences for the results' first line.
         again: the command that goes on after an interruption; the study's own by default.
     """
     from rich.console import Console
@@ -305,7 +306,7 @@ def run_study(
                 output,
                 workers=workers,
                 ray=ray,
-                extras=Extras(command, header or {}),
+                extras=Extras(again or command, notes, header or {}),
                 retry_failed=retry_failed,
                 observer=progress,
                 debug="--debug" in sys.argv,

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,9 +41,16 @@ PACKAGES = ("weft", "torch", "transformers", "peft", "accelerate", "datasets", "
 
 @dataclass(frozen=True)
 class Extras:
-    """What a study's header says beside the plan: for the reader, not for the numbers."""
+    """What a study's header says for the reader, beside what decides the numbers.
+
+    Attributes:
+        command: that goes on with the study.
+        notes: sentences to join the plan's.
+        fields: further fields of the header.
+    """
 
     command: str = ""
+    notes: tuple[str, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -128,6 +135,7 @@ def compare(
     results = open_results(output, request, retry_failed=retry_failed)
     try:
         if results.header is None:
+            plan = replace(plan, notes=(*plan.notes, *extras.notes))
             results.append(_header(plan, request, extras))
         header = results.header
         assert header is not None
@@ -165,7 +173,6 @@ def _header(plan: Plan, request: Row, extras: Extras) -> Row:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "request": request,
         "plan": plan_json(plan),
-        "notes": list(plan.notes),
         **extras.fields,
     }
 

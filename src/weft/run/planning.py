@@ -150,8 +150,7 @@ def _entry(study: Study, name: str, skeleton: nn.Module, notes: list[str]) -> En
             method, trainable = count({knob_name: knob.value})
         if knob.unreachable:
             notes.append(f"{name} cannot have {wanted:,} trainable parameters; it runs with {trainable:,}.")
-    elif method.knob is not None:
-        value = getattr(method.config, method.knob, None)
+    elif method.knob is not None and (value := getattr(method.config, method.knob, None)) is not None:
         knob = budgets.Knob(method.knob, value, trainable, unreachable=False)
     shown = None if knob is None else {"name": knob.name, "value": knob.value, "unreachable": knob.unreachable}
     return Entry(name, dict(method.options), dict(method.recipe), shown, trainable)
