@@ -43,6 +43,7 @@ class _Adapted(BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._originals: tuple[Tensor, Tensor | None] | None = None  # weight and bias before merging
+        self._awaited: dict[str, dict[str, tuple[int, int]]] = {}  # by adapter: tensors that a file is to provide
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
 
     @property
@@ -77,7 +78,23 @@ class _Adapted(BaseTunerLayer):
         self.deltas[adapter_name] = delta
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def await_tensors(self, adapter: str) -> None:
+        """Remember the tensors that a file is to provide as they are now."""
+        tensors = self.deltas[adapter].state_dict(keep_vars=True)
+        self._awaited[adapter] = {name: (id(t), t._version) for name, t in tensors.items()}
+
+    def _check_arrived(self, adapter: str) -> None:
+        """Raise where a tensor never came: transformers' own `load_adapter` only warns of it. Asked once."""
+        for name, t in self.deltas[adapter].state_dict(keep_vars=True).items():
+            untouched = (id(t), t._version) == self._awaited[adapter].get(name)
+            if t.isnan().any() if t.is_floating_point() else untouched:
+                raise UsageError(f"the adapter's file misses {self.module_name}.{name}, or holds no number there")
+        del self._awaited[adapter]
+
     def _active(self) -> list[Any]:
+        if self._awaited and not torch.compiler.is_compiling():
+            for adapter in [name for name in self.active_adapters if name in self._awaited]:
+                self._check_arrived(adapter)
         return [self.deltas[name] for name in self.active_adapters if name in self.deltas]
 
     def _watch(self, deltas: Sequence[nn.Module]) -> None:
@@ -94,6 +111,8 @@ class _Adapted(BaseTunerLayer):
 
         Whether the model happens to be training must not matter: a drawn rank or gate is nothing to merge.
         """
+        if adapter in self._awaited:
+            self._check_arrived(adapter)
         entry = self.entry(adapter)
         training = entry.training
         try:
@@ -430,6 +449,19 @@ class AdapterModel(BaseTuner):
                 m.controllers[adapter_name] = controller
             for d in deltas:
                 d.controller = controller
+            if config.is_stored:
+                self._check_places(model, config, {m.module_name for m in layers})
+                for m in layers:
+                    m.await_tensors(adapter_name)
+
+    def _check_places(self, model: nn.Module, config: Any, attached: set[str]) -> None:
+        """Raise where the adapter was trained on a module that this model lacks."""
+        there = {name for name, _ in model.named_modules()} | attached
+        lacking = sorted(set(config.base_sketch) - there)
+        if lacking:
+            raise UsageError(
+                f"the adapter was made for another base model: it has {lacking[0]}, which {type(model).__name__} lacks"
+            )
 
     # --- files --------------------------------------------------------------------------------------------------
 
