@@ -376,3 +376,22 @@ def test_the_command_of_a_study_makes_that_study(place, monkeypatch):
     monkeypatch.setattr(verb, "run_study", lambda study, output, **_: made.append((study, output)))
     assert run(shlex.split(study_command(study, "some where"))[1:]) == 0
     assert made == [(study, Path("some where"))]
+
+
+def test_classification(place):
+    """Accuracy on rows, a fresh head that is the same for all methods, no forgetting."""
+    rows = [{"text": " ".join(WORDS[start : start + 4]), "label": start % 2} for start in range(12)] * 4
+    (place / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = plan_study(replace(_study(place), data=str(place / "labelled.jsonl"), data_options={"test_fraction": 0.25}))
+    assert plan.task == "classification"
+    base = run_task(context_of(plan), asdict(Task("reference", "base", 0, None, 0)))
+    rows = {
+        method: run_task(context_of(plan), asdict(Task("final", method, 1, 1e-2, plan.steps)))
+        for method in ("peft:lora", "head", "full")
+    }
+    for row in (base, *rows.values()):
+        assert row["status"] == "ok", row["error"]
+        assert 0 <= row["test"]["accuracy"] <= 1 and len(row["test"]["per_document"]) == 12
+    assert rows["head"]["trainable"] == 16 * 2 < rows["peft:lora"]["trainable"] < rows["full"]["trainable"]
+    losses = [rows[method]["curve"][0]["loss"] for method in rows]  # before the first step, all are the base model
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)

@@ -313,8 +313,8 @@ def run_study(
             )
         except KeyboardInterrupt:
             progress.stop()
-            kept = f"{progress.done} finished runs are kept" if progress.done else "nothing had finished yet"
-            raise Interrupted(f"interrupted; {kept}; to go on: {again or command}") from None
+            when = f"after {progress.done} of {progress.total} runs" if progress.total else "before the first run"
+            raise WeftError(f"interrupted {when}; go on with: {again or command}") from None
     report.html(output / "results.jsonl", output / "report.html")
     console.print(report.terminal_table(output / "results.jsonl"))
     failed = sum(row.get("status") == "failed" for row in rows)
@@ -324,21 +324,15 @@ def run_study(
     return rows
 
 
-class Interrupted(WeftError):
-    """Ctrl-C; what had finished is kept."""
-
-    exit_code = 130
-
-
 class Progress:
-    """One bar over the whole study on a terminal; elsewhere a line for each run. Both on standard error."""
+    """One bar over the whole study on a terminal; elsewhere a line for each run."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = Console(soft_wrap=True)
         self.bar: Bar | None = None
         self.done = self.total = 0
         if self.console.is_terminal:

@@ -76,7 +76,10 @@ def _serve(pipe: Connection, function: str, context: str, threads: int) -> None:
             task = json.loads(pipe.recv_bytes())
         except EOFError:
             return
-        pipe.send_bytes(json.dumps(run(shared, task)).encode())
+        try:
+            pipe.send_bytes(json.dumps(run(shared, task)).encode())
+        except OSError:  # whoever asked has gone
+            return
 
 
 def _processes() -> Any:
