@@ -449,7 +449,7 @@ class AdapterModel(BaseTuner):
                 m.controllers[adapter_name] = controller
             for d in deltas:
                 d.controller = controller
-            if config.is_stored:
+            if config.base_sketch is not None:  # type: ignore[attr-defined]
                 self._check_places(model, config, {m.module_name for m in layers})
                 for m in layers:
                     m.await_tensors(adapter_name)
