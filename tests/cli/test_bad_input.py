@@ -65,6 +65,7 @@ def test_values_out_of_range(bad):
     bad("--batch-size", "0", says=("batch_size", "0"))
     bad("--warmup-ratio", "1.5", says=("warmup_ratio", "1.5"))
     bad("--validation-fraction", "1", says=("validation_fraction",))
+    bad("--test-fraction", "-0.1", says=("test_fraction",))
     bad("--lr-scheduler-type", "linaer", says=("linaer", "did you mean 'linear'"))
     bad("--task", "regression", says=("unknown task 'regression'",))
     bad("--report-to", "tensorbord", says=("tensorbord", "did you mean 'tensorboard'"))

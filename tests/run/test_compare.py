@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -356,8 +357,6 @@ def test_dry_run_shows_the_plan(place, tmp_path, capsys, monkeypatch):
 
 def test_the_command_of_a_study_makes_that_study(place, monkeypatch):
     """What the report prints is read back as the same study."""
-    import shlex
-
     from weft.cli import compare as verb
 
     study = _study(
@@ -376,6 +375,19 @@ def test_the_command_of_a_study_makes_that_study(place, monkeypatch):
     monkeypatch.setattr(verb, "run_study", lambda study, output, **_: made.append((study, output)))
     assert run(shlex.split(study_command(study, "some where"))[1:]) == 0
     assert made == [(study, Path("some where"))]
+
+
+@pytest.mark.parametrize("method", ["peft:dora", "sora"])
+def test_the_command_of_a_run_makes_the_same_adapter(place, tmp_path, monkeypatch, method):
+    """`weft adapt` as the row has it: same data, same seeds, same losses."""
+    plan = plan_study(_study(place, methods=(method,), options={method: {"r": "4"}}))
+    row = run_task(context_of(plan), asdict(Task("final", method, 1, 1e-2, plan.steps)))
+    monkeypatch.chdir(tmp_path)
+    assert run(shlex.split(row["command"])[1:]) == 0
+    result = json.loads((tmp_path / f"{method.replace(':', '-')}-1" / "result.json").read_text())
+    for split in ("validation", "test"):
+        assert result[split]["loss"] == pytest.approx(row[split]["loss"], rel=1e-6)
+    assert result["trainable"] == row["trainable"]
 
 
 def test_classification(place):

@@ -52,6 +52,7 @@ class AdaptOptions:
     validation_data: str | None = _option(None, "where the validation rows are, if not in the data")
     test_data: str | None = _option(None, "where the test rows are, if not in the data")
     validation_fraction: float = _option(0.1, "share of the training rows held out where there is no validation split")
+    test_fraction: float = _option(0.0, "share of the training rows held out where there is no test split; 0: none")
     split_seed: int = _option(0, "draws the held-out rows")
 
 
@@ -160,6 +161,8 @@ def request(given: dict[str, Any]) -> Request:
         )
     if not 0 < options.validation_fraction < 1:
         raise UsageError(f"validation_fraction must be above 0 and below 1, not {options.validation_fraction}")
+    if not 0 <= options.test_fraction < 1:
+        raise UsageError(f"test_fraction must be at least 0 and below 1, not {options.test_fraction}")
     _check_reporters(settings.report_to)
     return Request(options, settings, method)
 
@@ -206,6 +209,7 @@ def read_rows(options: AdaptOptions) -> Rows:
         validation=options.validation_data,
         test=options.test_data,
         validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
         seed=options.split_seed,
     )
 

@@ -28,6 +28,11 @@ def context_of(plan: Plan, forgetting: Row | None = None, debug: bool = False) -
     return {"request": request_of(plan.study, {}), "plan": plan_json(plan), "forgetting": forgetting, "debug": debug}
 
 
+def _reading(study: Study) -> dict[str, Any]:
+    """How the data is read: unlike `weft adapt`, a comparison always needs a test split."""
+    return {"test_fraction": 0.1, **study.data_options}
+
+
 def load_data(study: Study) -> tuple[Splits, Any]:
     """The splits that all methods share, and the tokenizer."""
     from weft.run.data import load_splits
@@ -40,7 +45,7 @@ def load_data(study: Study) -> tuple[Splits, Any]:
         tokenizer,
         max_length=study.max_length,
         seed=study.seed,
-        **{"test_fraction": 0.1, **study.data_options},
+        **_reading(study),
     )
     return splits, tokenizer
 
@@ -315,7 +320,7 @@ def command_of(plan: Plan, task: Task) -> str:
     given |= {"batch_size": study.batch_size, "gradient_accumulation": study.gradient_accumulation}
     given |= {"max_length": study.max_length, "split_seed": study.seed, "bf16": study.bf16}
     reading = {"validation": "validation_data", "test": "test_data"}
-    given |= {reading.get(name, name): value for name, value in study.data_options.items()}
+    given |= {reading.get(name, name): value for name, value in _reading(study).items()}
     given["output"] = f"{task.method.replace(':', '-')}-{task.seed}"
     words = ["weft", "adapt"]
     for name, value in given.items():
