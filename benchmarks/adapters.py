@@ -27,6 +27,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+from weft.adapters._training import parameter_groups
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
 LAYERS = 4
@@ -76,8 +77,7 @@ def attach(build: Any, config: Any, args: argparse.Namespace) -> tuple[nn.Module
     if not isinstance(config, peft.LoraConfig) and "WEFT" in str(config.peft_type):
         weft.prepare(model, config, batches=Batches(model, loss))
     model = peft.get_peft_model(model, config)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, weight_decay=0.0))
 
     def step() -> None:
         loss(model.base_model.model).backward()
