@@ -16,8 +16,8 @@ def test_folder_is_small_and_figures_hold():
     assert f"{figures['parameters']:,}" in (folder / "README.md").read_text()
 
 
-def test_a_new_head_for_the_shift_can_be_learnt_from_the_same_features():
-    """The shifted task is solvable: some steps of full training already lift accuracy far above the clean model's."""
+def test_the_shifted_task_can_be_learnt():
+    """Some steps of full training lift accuracy far above guessing, so a poor adapter cannot blame the task."""
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_pretrained(builtin.model_path("vit")).train()
     pixels, labels = map(torch.from_numpy, builtin.images("digits-shifted", "train"))

@@ -14,8 +14,8 @@ class _Order:
         """`keys`: sorted distinct packed n-grams, m; `counts`: how often each was seen, or in how many contexts, m."""
         of = [max(1, int((counts == times).sum())) for times in (1, 2, 3, 4)]
         base = of[0] / (of[0] + 2 * of[1])
-        discounts = [times - (times + 1) * base * of[times] / of[times - 1] for times in (1, 2, 3)]
-        discounts = np.clip([0.0, *discounts], 0.0, [0.0, 1.0, 2.0, 3.0])
+        raw = [times - (times + 1) * base * of[times] / of[times - 1] for times in (1, 2, 3)]
+        discounts = np.clip([0.0, *raw], 0.0, [0.0, 1.0, 2.0, 3.0])
         taken = discounts[np.minimum(counts, 3)]
         self.keys, self.kept = keys, counts - taken
         contexts = keys >> bits  # sorted, because the keys are

@@ -124,14 +124,14 @@ def epoch_windows(whole: list[np.ndarray], cut: list[list[np.ndarray]], seed: in
 def batches(
     whole: list[np.ndarray],
     blocks: list[list[np.ndarray]],
-    definitions: list[list[np.ndarray]],
+    short: list[list[np.ndarray]],
     seed: int,
     start: int,
 ) -> Iterator[np.ndarray]:
     """Batches, BATCH x (CONTEXT + 1), from step `start` on; the windows that fill no batch are left to later epochs."""
     step, epoch = 0, 0
     while True:
-        windows = epoch_windows(whole, blocks if epoch < BLOCK_EPOCHS else definitions, seed, epoch)
+        windows = epoch_windows(whole, blocks if epoch < BLOCK_EPOCHS else short, seed, epoch)
         for first in range(0, len(windows) - BATCH + 1, BATCH):
             if step >= start:
                 yield windows[first : first + BATCH]
@@ -157,8 +157,8 @@ def new_model(seed: int) -> LlamaForCausalLM:
         bos_token_id=EOS_ID,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
-        attn_implementation="eager",  # at 256 tokens the compiler's fused eager attention is the faster one on a CPU
     )
+    config._attn_implementation = "eager"  # at 256 tokens the compiler makes it faster than sdpa on a CPU
     return LlamaForCausalLM(config)
 
 
@@ -189,7 +189,7 @@ def new_optimiser(model: LlamaForCausalLM) -> torch.optim.AdamW:
 
 def save_checkpoint(path: Path, model, optimiser, step: int, seed: int) -> None:
     """Write weights and both moments to one safetensors file, by write-then-rename."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, weight in model.named_parameters():
         state = optimiser.state[weight]
         tensors |= {f"weight.{name}": weight.detach(), f"exp_avg.{name}": state["exp_avg"]}
@@ -245,7 +245,7 @@ def train(out: Path, steps: int, seed: int, minutes: float, resume: bool, compil
     short = [[document for document in documents if len(document) < CONTEXT] for documents in short]
     held = np.concatenate([encode_document(tokenizer, row["text"]) for row in _corpus.stdlib_rows("validation")])
     held = held[: (len(held) - 1) // CONTEXT * CONTEXT + 1]
-    held = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(held, CONTEXT + 1)[::CONTEXT].copy())
+    judging = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(held, CONTEXT + 1)[::CONTEXT].copy())
     model = new_model(seed)
     print(f"{len(rows)} modules, {sum(map(len, whole))} tokens, {model.num_parameters()} parameters", flush=True)
 
@@ -262,7 +262,7 @@ def train(out: Path, steps: int, seed: int, minutes: float, resume: bool, compil
             save_checkpoint(checkpoint, model, optimiser, step, seed)
             model.eval()
             with torch.no_grad():
-                judged = sum(loss_of(model, part).item() * len(part) for part in held.split(BATCH)) / len(held)
+                judged = sum(loss_of(model, part).item() * len(part) for part in judging.split(BATCH)) / len(judging)
             line = {"step": step, "train": sum(recent) / len(recent), "validation": judged}
             print(json.dumps(line | {"minutes": (time.monotonic() - began) / 60}), flush=True)
             recent.clear()
@@ -279,7 +279,7 @@ def train(out: Path, steps: int, seed: int, minutes: float, resume: bool, compil
 def write_folder(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write an ordinary Hugging Face folder with weights in bfloat16."""
     model.config._attn_implementation = "sdpa"
-    model = model.to(torch.bfloat16).eval()
+    model.bfloat16().eval()
     model.generation_config = GenerationConfig(
         **GENERATION, bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
@@ -331,8 +331,10 @@ def evaluate(folder: Path) -> dict[str, float]:
     """The figures of the model card: size, nats a token against a 5-gram on the same tokens, samples that parse."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     training = [encode_document(tokenizer, row["text"]) for row in _corpus.training_rows()]
-    held_out = {split: _corpus.stdlib_rows(split) for split in _corpus.SPLITS}
-    held_out = {split: [encode_document(tokenizer, row["text"]) for row in rows] for split, rows in held_out.items()}
+    held_out = {
+        split: [encode_document(tokenizer, row["text"]) for row in _corpus.stdlib_rows(split)]
+        for split in _corpus.SPLITS
+    }
     opponent = _ngram.KneserNey(training, VOCABULARY, order=5, start=EOS_ID)
     ours = {split: np.concatenate([token_nats(model, d) for d in rows]) for split, rows in held_out.items()}
     theirs = {split: np.concatenate([opponent.nats(d) for d in rows]) for split, rows in held_out.items()}
