@@ -52,7 +52,7 @@ def step(model: nn.Module) -> None:
     """Tell the adapters that an optimiser step was taken, for optimisers that are not `torch.optim.Optimizer`s.
 
     Call it after the step and before gradients are cleared. Where torch's own hooks have spoken it does nothing. What a
-    method scales or holds back of a step (`Controller.update_scales`) takes those hooks: here the step is taken as it is.
+    method scales or holds back of a step (`Controller.update_scales`) takes those hooks: here the step stays as it is.
     """
     for controller in controllers(model):
         controller.external_step()
