@@ -24,6 +24,7 @@ from transformers import (
     MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -134,7 +135,7 @@ class Cell:
 
     @property
     def is_hf(self) -> bool:
-        return self.build not in (Mlp, ConvNet, wide)
+        return issubclass(type(base(self)), PreTrainedModel)
 
 
 def wide() -> Mlp:
