@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import harness
-import tiny
+import specimens
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS, ROWS = 20, 8
-CELL = tiny.SMALL
+CELL = specimens.SMALL
 
 
 def run(slug: str, folder: Path, accumulation: int, rank: int = 0, world: int = 1) -> tuple[dict[str, Tensor], bool]:
@@ -38,7 +38,7 @@ def run(slug: str, folder: Path, accumulation: int, rank: int = 0, world: int = 
 
     start, changed = ranks(), False
     for step in range(STEPS):
-        mine = {k: v.chunk(world)[rank] for k, v in tiny.batch(step, ROWS).items()}
+        mine = {k: v.chunk(world)[rank] for k, v in specimens.batch(step, ROWS).items()}
         for part in range(accumulation):
             piece = {k: v.chunk(accumulation)[part] for k, v in mine.items()}
             if world > 1:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import tiny
+import specimens
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -48,10 +48,10 @@ def options(slug: str, short: bool = False, **given: Any) -> dict[str, Any]:
 
 def served(slug: str, model: nn.Module) -> dict[str, Any]:
     """What the card needs, by name; batches are drawn, other needs are not known to these tests."""
-    return {need: {"batches": [tiny.batch(90), tiny.batch(91)]}[need] for need in weft.card(slug).needs}
+    return {need: {"batches": [specimens.batch(90), specimens.batch(91)]}[need] for need in weft.card(slug).needs}
 
 
-def configure(slug: str, model: nn.Module, cell: tiny.Cell, short: bool = False, **given: Any) -> AdapterConfig:
+def configure(slug: str, model: nn.Module, cell: specimens.Cell, short: bool = False, **given: Any) -> AdapterConfig:
     """A config, prepared on the model, ready for `get_peft_model`."""
     config = weft.config_class(slug)(**options(slug, short, **{**cell.target, **given}))
     return weft.prepare(model, config, **served(slug, model))
@@ -59,7 +59,7 @@ def configure(slug: str, model: nn.Module, cell: tiny.Cell, short: bool = False,
 
 def attach(
     slug: str,
-    cell: tiny.Cell = tiny.SMALL,
+    cell: specimens.Cell = specimens.SMALL,
     dtype: torch.dtype = torch.float32,
     start: int = 0,
     short: bool = False,
@@ -70,15 +70,17 @@ def attach(
     `start` seeds the global generator for what is drawn while attaching.
     """
     torch.manual_seed(start)
-    model = tiny.base(cell, dtype)
+    model = specimens.base(cell, dtype)
     model = get_peft_model(model, configure(slug, model, cell, short, **given))
     return (model.double() if dtype == torch.float64 else model).eval()
 
 
-def attach_two(slug: str, cell: tiny.Cell = tiny.SMALL, dtype: torch.dtype = torch.float32, **given: Any) -> nn.Module:
+def attach_two(
+    slug: str, cell: specimens.Cell = specimens.SMALL, dtype: torch.dtype = torch.float32, **given: Any
+) -> nn.Module:
     """Adapters "default" and "second", both active, both randomised, each prepared on the untouched base."""
     torch.manual_seed(0)
-    base = tiny.base(cell, dtype)
+    base = specimens.base(cell, dtype)
     first, second = (configure(slug, base, cell, **given) for _ in range(2))
     model = get_peft_model(base, first)
     model.add_adapter("second", second)
@@ -206,7 +208,7 @@ def watch_forward(model: nn.Module, data: dict[str, Tensor] | None = None) -> li
         layer.register_forward_hook(record, with_kwargs=True) for _, layer in layers(model) if id(layer) not in inner
     ]
     with torch.no_grad():
-        model(**(data or tiny.batch()))
+        model(**(data or specimens.batch()))
     for handle in handles:
         handle.remove()
     return seen
@@ -232,7 +234,7 @@ def train(
     """Plain loop: the same `rows` a step, in one batch or in `accumulation` equal ones."""
     model.train()
     for i in range(first, first + steps):
-        whole = tiny.batch(i, rows)
+        whole = specimens.batch(i, rows)
         for part in range(accumulation):
             piece = {k: v.chunk(accumulation)[part] for k, v in whole.items()}
             (model(**piece).loss / accumulation).backward()
@@ -243,7 +245,7 @@ def train(
 def outputs(model: nn.Module, data: dict[str, Tensor] | None = None) -> Tensor:
     model.eval()
     with torch.no_grad():
-        return model(**(data or tiny.batch(50))).logits
+        return model(**(data or specimens.batch(50))).logits
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

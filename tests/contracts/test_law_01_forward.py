@@ -8,7 +8,7 @@ from typing import Any
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 
 import weft
@@ -59,17 +59,23 @@ def test_every_numeric_field(slug):
         )
 
 
-@pytest.mark.parametrize("cell", [tiny.BY_NAME["Linear"], tiny.BY_NAME["Conv1D"], tiny.SMALL], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "cell", [specimens.BY_NAME["Linear"], specimens.BY_NAME["Conv1D"], specimens.SMALL], ids=lambda c: c.name
+)
 def test_float64(slug, cell):
     is_the_matrix(harness.attach(slug, cell, torch.float64), 1e-10)
 
 
-@pytest.mark.parametrize("cell", [tiny.BY_NAME["Linear"], tiny.BY_NAME["Conv1D"], tiny.WIDE], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "cell", [specimens.BY_NAME["Linear"], specimens.BY_NAME["Conv1D"], specimens.WIDE], ids=lambda c: c.name
+)
 def test_float32(slug, cell):
     is_the_matrix(harness.attach(slug, cell), 1e-5)
 
 
-@pytest.mark.parametrize("cell", [tiny.BY_NAME["Linear"], tiny.BY_NAME["Conv1D"], tiny.WIDE], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "cell", [specimens.BY_NAME["Linear"], specimens.BY_NAME["Conv1D"], specimens.WIDE], ids=lambda c: c.name
+)
 def test_bfloat16_errs_at_most_twice_as_much_as_the_dense_product(slug, cell):
     model = harness.randomise(harness.attach(slug, cell, torch.bfloat16))
     ours = dense = 0.0  # squared errors over all layers, so that one lucky layer decides nothing

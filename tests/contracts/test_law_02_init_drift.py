@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 
 import weft
 
 
-@pytest.mark.parametrize("cell", [tiny.SMALL, tiny.BY_NAME["Linear"], tiny.BY_NAME["Conv1D"]], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "cell", [specimens.SMALL, specimens.BY_NAME["Linear"], specimens.BY_NAME["Conv1D"]], ids=lambda c: c.name
+)
 def test_drift_lies_in_the_stated_interval(slug, cell):
     low, high = weft.card(slug).init_drift
     for seed in range(3):
@@ -33,5 +35,5 @@ def test_a_departure_from_zero_has_its_reason_and_a_lower_end(slug):
 def test_no_drift_leaves_outputs_alone(slug):
     if weft.card(slug).init_drift != (0.0, 0.0):
         return  # outputs of such a method move with ΔW, whose size the law above bounds
-    model = harness.attach(slug, tiny.BY_NAME["Linear"])
-    assert torch.equal(harness.outputs(model), harness.outputs(tiny.base(tiny.BY_NAME["Linear"])))
+    model = harness.attach(slug, specimens.BY_NAME["Linear"])
+    assert torch.equal(harness.outputs(model), harness.outputs(specimens.base(specimens.BY_NAME["Linear"])))

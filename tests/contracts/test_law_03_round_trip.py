@@ -11,7 +11,7 @@ from pathlib import Path
 import harness
 import pytest
 import reload_worker
-import tiny
+import specimens
 import torch
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 import weft
 
 THREADS = (1, 2)
-CELLS = [tiny.BY_NAME[n] for n in ("Linear", "fused qkv, Conv1D", "grouped Conv2d", "3-D expert")] + [tiny.WIDE]
+CELLS = [specimens.BY_NAME[n] for n in ("Linear", "fused qkv, Conv1D", "grouped Conv2d", "3-D expert")] + [
+    specimens.WIDE
+]
 
 
-def save_trained(slug: str, cell: tiny.Cell, folder: Path) -> torch.nn.Module:
+def save_trained(slug: str, cell: specimens.Cell, folder: Path) -> torch.nn.Module:
     """An adapter in the middle of its life: trained past an event, every tensor moved."""
     model = harness.randomise(harness.attach(slug, cell, short=True), scale=0.05)
     optimizer, _ = harness.optimizer_for(model, folder)
@@ -70,11 +72,11 @@ def test_a_new_process_gives_the_same_bits(slug, cell, threads, verdicts):
     assert not any(own.values()), "\n".join(f"{k}: {v}" for k, v in own.items() if v)
 
 
-LINEAR = tiny.BY_NAME["Linear"]
+LINEAR = specimens.BY_NAME["Linear"]
 
 
-def load_state_dict(folder: Path, cell: tiny.Cell) -> torch.nn.Module:
-    model = tiny.base(cell)
+def load_state_dict(folder: Path, cell: specimens.Cell) -> torch.nn.Module:
+    model = specimens.base(cell)
     inject_adapter_in_model(PeftConfig.from_pretrained(str(folder)), model)
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     return model
@@ -129,7 +131,7 @@ def test_an_unexpected_key_raises(slug, loader, where, saved, tmp_path):
         path.write_text(json.dumps(config))
     if where == "tensor" and loader == "load_adapter":
         # transformers reads the file itself, keeps to the keys it knows, warns of the rest and returns them
-        info = tiny.base(LINEAR).load_adapter(str(folder))
+        info = specimens.base(LINEAR).load_adapter(str(folder))
         assert any(found.endswith("_more") for found in info.unexpected_keys)
         return
     with pytest.raises(Exception, match=r"_more|layers\.7"):
@@ -145,20 +147,20 @@ def test_a_truncated_file_raises(slug, saved, tmp_path):
 
 
 def test_another_base_is_found_out(slug, saved):
-    other = tiny.base(LINEAR)
+    other = specimens.base(LINEAR)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     with pytest.raises(weft.UsageError, match=r"another base model: .*layers\.1\.mlp\.up_proj"):
         PeftModel.from_pretrained(other, str(saved))
-    wider = tiny.llama(intermediate_size=41)
-    same = {k: v for k, v in tiny.base(LINEAR).state_dict().items() if v.shape == wider.state_dict()[k].shape}
+    wider = specimens.llama(intermediate_size=41)
+    same = {k: v for k, v in specimens.base(LINEAR).state_dict().items() if v.shape == wider.state_dict()[k].shape}
     wider.load_state_dict(same, strict=False)
     with pytest.raises(weft.UsageError, match=r"another base model: .*was \(37, 32\) and is \(41, 32\)"):
         PeftModel.from_pretrained(wider, str(saved))
 
 
 def test_a_trainable_reload_trains(slug, saved, tmp_path):
-    model = PeftModel.from_pretrained(tiny.base(LINEAR), str(saved), is_trainable=True)
+    model = PeftModel.from_pretrained(specimens.base(LINEAR), str(saved), is_trainable=True)
     before = {n: p.detach().clone() for n, p in harness.trainable(model).items()}
     assert before
     optimizer, _ = harness.optimizer_for(model, tmp_path)

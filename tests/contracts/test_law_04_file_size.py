@@ -6,13 +6,18 @@ import re
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from safetensors.torch import load_file
 
 import weft
 
-CELLS = [tiny.BY_NAME["Linear"], tiny.BY_NAME["fused qkv, Conv1D"], tiny.BY_NAME["3-D expert"], tiny.WIDE]
+CELLS = [
+    specimens.BY_NAME["Linear"],
+    specimens.BY_NAME["fused qkv, Conv1D"],
+    specimens.BY_NAME["3-D expert"],
+    specimens.WIDE,
+]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -44,14 +49,14 @@ def test_bytes_are_trained_or_listed(slug, cell, tmp_path):
 
 def test_only_the_methods_own_tensors_are_in_the_file(slug, tmp_path):
     """No base weight, no optimiser or controller state."""
-    model, tensors = released(slug, tiny.BY_NAME["Linear"], tmp_path, short=True)
+    model, tensors = released(slug, specimens.BY_NAME["Linear"], tmp_path, short=True)
     known = {name for d in harness.deltas(model) for name in d.state_dict()}
     for key in tensors:
         assert f".weft_{slug}_delta." in key and key.rpartition(".")[2] in known, key
 
 
 def test_indices_are_small_and_nothing_is_there_twice(slug, tmp_path):
-    _, tensors = released(slug, tiny.BY_NAME["Linear"], tmp_path)
+    _, tensors = released(slug, specimens.BY_NAME["Linear"], tmp_path)
     for key, t in tensors.items():
         if not t.is_floating_point() and t.dim() > 0:
             low, high = int(t.min()), int(t.max())

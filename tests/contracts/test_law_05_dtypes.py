@@ -7,12 +7,12 @@ import itertools
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-CELLS = [tiny.SMALL, tiny.BY_NAME["Linear"], tiny.BY_NAME["fused qkv, Conv1D"]]
+CELLS = [specimens.SMALL, specimens.BY_NAME["Linear"], specimens.BY_NAME["fused qkv, Conv1D"]]
 CASTS = {
     "bfloat16()": lambda m: m.bfloat16(),
     "half()": lambda m: m.half(),
@@ -50,7 +50,7 @@ def shared(model: nn.Module) -> list[list[str]]:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
 def test_a_bfloat16_base_gets_the_bits_of_its_float32_copy(slug, cell, autocast):
-    narrow = tiny.base(cell, torch.bfloat16)
+    narrow = specimens.base(cell, torch.bfloat16)
     wide = copy.deepcopy(narrow).float()
     config = harness.configure(slug, wide, cell)
     models = []
@@ -65,7 +65,7 @@ def test_a_bfloat16_base_gets_the_bits_of_its_float32_copy(slug, cell, autocast)
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_casts_leave_the_adapter_alone(slug, cast):
-    model = harness.randomise(harness.attach(slug, tiny.BY_NAME["Linear"]))
+    model = harness.randomise(harness.attach(slug, specimens.BY_NAME["Linear"]))
     before, together = {k: v.clone() for k, v in state(model).items()}, shared(model)
     CASTS[cast](model)
     same(before, state(model))
@@ -74,7 +74,7 @@ def test_casts_leave_the_adapter_alone(slug, cast):
 
 @pytest.mark.parametrize("cast", ["bfloat16()", "to(bfloat16)"])
 def test_a_cast_model_trains(slug, cast, tmp_path):
-    model = CASTS[cast](harness.attach(slug, tiny.BY_NAME["Linear"], short=True))
+    model = CASTS[cast](harness.attach(slug, specimens.BY_NAME["Linear"], short=True))
     before = {k: v.detach().clone() for k, v in harness.trainable(model).items()}
     optimizer, _ = harness.optimizer_for(model, tmp_path)
     harness.train(model, optimizer, 3)

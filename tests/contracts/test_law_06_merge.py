@@ -6,7 +6,7 @@ import logging
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from torch import nn
 
@@ -14,7 +14,7 @@ import weft
 from weft.adapters._controller import Controller
 
 DTYPES = [torch.float32, torch.bfloat16]
-CELLS = [c for c in tiny.CELLS if c.name != "Conv2d"] + [tiny.SMALL]
+CELLS = [c for c in specimens.CELLS if c.name != "Conv2d"] + [specimens.SMALL]
 
 
 def originals(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def tensor_of(layer) -> torch.Tensor:
     return getattr(layer.get_base_layer(), harness.parameter_name(layer)).detach()
 
 
-def or_refused(slug: str, cell: tiny.Cell) -> None:
+def or_refused(slug: str, cell: specimens.Cell) -> None:
     if cell.kind in weft.card(slug).refuses:
         pytest.skip(f"refused by name: {weft.card(slug).refuses[cell.kind]}")
 
@@ -77,10 +77,10 @@ def test_a_delta_reads_the_original_weight_while_another_is_merged(slug):
     for (_, layer), expected in zip(harness.layers(model), alone, strict=True):
         assert torch.equal(harness.delta_weight(layer, "second"), expected)
     with pytest.raises(weft.UsageError, match="unmerge"):
-        model.add_adapter("third", weft.config_class(slug)(**harness.options(slug, **tiny.SMALL.target)))
+        model.add_adapter("third", weft.config_class(slug)(**harness.options(slug, **specimens.SMALL.target)))
 
 
-@pytest.mark.parametrize("cell", [tiny.BY_NAME["Linear"], tiny.BY_NAME["Conv1D"]], ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [specimens.BY_NAME["Linear"], specimens.BY_NAME["Conv1D"]], ids=lambda c: c.name)
 def test_merge_and_unload_leaves_a_plain_model(slug, cell):
     model = harness.randomise(harness.attach(slug, cell))
     model.merge_adapter()
@@ -88,7 +88,7 @@ def test_merge_and_unload_leaves_a_plain_model(slug, cell):
     model.unmerge_adapter()
     plain = model.merge_and_unload(safe_merge=True)
     assert torch.equal(harness.outputs(plain), merged)
-    assert plain.state_dict().keys() == tiny.base(cell).state_dict().keys()
+    assert plain.state_dict().keys() == specimens.base(cell).state_dict().keys()
 
 
 def test_the_error_of_merging_is_printed(slug, caplog):

@@ -7,7 +7,7 @@ import gc
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from transformers import Trainer, TrainingArguments
 
@@ -20,7 +20,7 @@ def steps(model) -> list[int]:
 
 def one_backward(model, seed: int = 0) -> None:
     model.train()
-    model(**tiny.batch(seed)).loss.backward()
+    model(**specimens.batch(seed)).loss.backward()
 
 
 def test_each_step_is_one_event_whatever_the_accumulation(slug, tmp_path):
@@ -105,8 +105,8 @@ def test_the_order_step_after_clearing_gradients_is_told_apart(slug, tmp_path):
 
 @pytest.mark.parametrize("callback", [False, True])
 def test_trainer_gives_one_event_a_step(slug, callback, tmp_path):
-    model = harness.attach(slug, tiny.BY_NAME["Linear"], short=True)
-    rows = [{k: v[0] for k, v in tiny.batch(i, 1).items()} for i in range(12)]
+    model = harness.attach(slug, specimens.BY_NAME["Linear"], short=True)
+    rows = [{k: v[0] for k, v in specimens.batch(i, 1).items()} for i in range(12)]
     args = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, save_strategy="no", disable_tqdm=True,
@@ -120,11 +120,11 @@ def test_trainer_gives_one_event_a_step(slug, callback, tmp_path):
 
 def test_controllers_hang_on_the_layers(slug, tmp_path):
     """transformers' add_adapter throws the tuner away; events must arrive all the same."""
-    cell = tiny.BY_NAME["Linear"]
+    cell = specimens.BY_NAME["Linear"]
     torch.manual_seed(0)
     reference = harness.attach(slug, cell, short=True)
     torch.manual_seed(0)
-    model = tiny.base(cell)
+    model = specimens.base(cell)
     model.add_adapter(harness.configure(slug, model, cell, short=True))
     gc.collect()
     for one in (reference, model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -49,7 +49,7 @@ def random_directions(model: nn.Module) -> dict[str, Tensor]:
 
 def backward(model: nn.Module, accumulation: int, weight: float = 1.0) -> None:
     model.train()
-    whole = tiny.batch(1, 8)
+    whole = specimens.batch(1, 8)
     for part in range(accumulation):
         piece = {k: v.chunk(accumulation)[part] for k, v in whole.items()}
         (weight * model(**piece).loss / accumulation).backward()
@@ -91,7 +91,7 @@ def test_accumulation_and_the_losss_scale_leave_the_penalty_alone(slug):
 
 class Rows(torch.utils.data.Dataset):
     def __init__(self, count: int) -> None:
-        data = tiny.batch(2, count)
+        data = specimens.batch(2, count)
         self.rows = [{k: v[i] for k, v in data.items()} for i in range(count)]
 
     def __len__(self) -> int:
@@ -124,10 +124,10 @@ def trainer_run(model, tmp_path, accumulation, **extra):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_trainer_clips_with_the_penalty_and_reports_without(slug, accumulation, tmp_path):
-    cell = tiny.BY_NAME["Linear"]
+    cell = specimens.BY_NAME["Linear"]
     plain = harness.randomise(harness.attach(slug, cell, torch.float64, short=True))
     plain.train()
-    loss = plain(**tiny.batch(2, 8)).loss
+    loss = plain(**specimens.batch(2, 8)).loss
     loss.backward()
     expected = {n: p.grad.clone() for n, p in harness.trainable(plain).items() if p.grad is not None}
     norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
@@ -142,7 +142,7 @@ def test_trainer_clips_with_the_penalty_and_reports_without(slug, accumulation, 
 
 
 def test_a_loss_function_of_the_users_keeps_the_penalty(slug, tmp_path):
-    cell = tiny.BY_NAME["Linear"]
+    cell = specimens.BY_NAME["Linear"]
     model = harness.randomise(harness.attach(slug, cell, torch.float64, short=True))
     directions = random_directions(model)
     expected = slopes(model, directions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 
 import weft
@@ -31,7 +31,7 @@ def plain(model, **settings):
 
 def one_step(model, optimizer) -> None:
     model.train()
-    model(**tiny.batch(0)).loss.backward()
+    model(**specimens.batch(0)).loss.backward()
     optimizer.step()
 
 
@@ -50,7 +50,7 @@ def contradicts(model, settings: dict[str, float]) -> bool:
 
 @pytest.mark.parametrize("short", [False, True])
 def test_the_optimiser_has_every_parameter_once_with_what_it_asks_for(slug, short, tmp_path):
-    model = harness.attach(slug, tiny.BY_NAME["Linear"], short=short)
+    model = harness.attach(slug, specimens.BY_NAME["Linear"], short=short)
     optimizer, scheduler = harness.optimizer_for(model, tmp_path, lr=LR, weight_decay=DECAY)
     wanted = declared(model)
     seen = [id(p) for group in optimizer.param_groups for p in group["params"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import harness
-import tiny
+import specimens
 import torch
 from peft import PeftModel
 from safetensors import safe_open
@@ -34,7 +34,7 @@ def snapshot(optimizer, parameters: list[Tensor]) -> dict[tuple[int, str], Tenso
 
 
 def test_nothing_is_created_resized_or_removed(slug, tmp_path):
-    model = harness.attach(slug, tiny.BY_NAME["Linear"], short=True)
+    model = harness.attach(slug, specimens.BY_NAME["Linear"], short=True)
     optimizer, scheduler = harness.optimizer_for(model, tmp_path, steps=STEPS)
     before, start = inventory(model), ranks(model)
     groups = [[id(p) for p in g["params"]] for g in optimizer.param_groups]
@@ -79,7 +79,7 @@ def test_closed_entries_see_no_decay_momentum_or_step(slug, tmp_path, monkeypatc
 
 
 def test_saving_compacts_to_active_ranks(slug, tmp_path):
-    cell = tiny.BY_NAME["Linear"]
+    cell = specimens.BY_NAME["Linear"]
     model = harness.attach(slug, cell, short=True)
     optimizer, _ = harness.optimizer_for(model, tmp_path, steps=STEPS)
     harness.train(model, optimizer, 20)
@@ -97,5 +97,5 @@ def test_saving_compacts_to_active_ranks(slug, tmp_path):
             assert {k: tuple(t.shape) for k, t in compacted.items()} == {
                 k.removeprefix(root): s for k, s in shapes.items() if k.startswith(root)
             }
-    again = PeftModel.from_pretrained(tiny.base(cell), str(tmp_path))
+    again = PeftModel.from_pretrained(specimens.base(cell), str(tmp_path))
     assert torch.equal(harness.outputs(again), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import harness
-import tiny
+import specimens
 import torch
 
 STEPS = 8
@@ -44,9 +44,9 @@ def test_a_draw_holds_for_the_whole_step(slug, tmp_path):
     for i in range(STEPS):
         model.train()
         with torch.no_grad():
-            first = model(**tiny.batch(3)).logits
-            model(**tiny.batch(4))
-            assert torch.equal(model(**tiny.batch(3)).logits, first)
+            first = model(**specimens.batch(3)).logits
+            model(**specimens.batch(4))
+            assert torch.equal(model(**specimens.batch(3)).logits, first)
         harness.train(model, optimizer, 1, first=i)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 import weft
 
 STEPS = 8
-CELL = tiny.BY_NAME["Linear"]
-ROWS = [{k: v[0] for k, v in tiny.batch(i, 1).items()} for i in range(24)]
+CELL = specimens.BY_NAME["Linear"]
+ROWS = [{k: v[0] for k, v in specimens.batch(i, 1).items()} for i in range(24)]
 
 
 def trainer(slug: str, folder: Path, **changes) -> Trainer:
@@ -89,7 +89,7 @@ def test_an_optimiser_that_lost_the_methods_state_is_refused(slug, uninterrupted
     fresh = trainer(slug, tmp_path / "lost")
     fresh.optimizer.load_state_dict(state)
     fresh.model.train()
-    fresh.model(**tiny.batch(0)).loss.backward()
+    fresh.model(**specimens.batch(0)).loss.backward()
     if not harness.has_events(fresh.model):
         fresh.optimizer.step()
         return

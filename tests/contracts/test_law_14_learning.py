@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from torch import Tensor, nn
 
 import weft
 
-CELLS = [tiny.SMALL, tiny.BY_NAME["Linear"], tiny.BY_NAME["fused qkv, Conv1D"]]
+CELLS = [specimens.SMALL, specimens.BY_NAME["Linear"], specimens.BY_NAME["fused qkv, Conv1D"]]
 
 
 def open_entries(model: nn.Module) -> dict[int, Tensor]:
@@ -29,7 +29,7 @@ def test_every_group_of_elements_has_a_gradient_within_the_warm_steps(slug, cell
     able = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()}
     model.train()
     for i in range(card.warm_steps):
-        model(**tiny.batch(i, 8)).loss.backward()
+        model(**specimens.batch(i, 8)).loss.backward()
         may = open_entries(model)
         for name, p in parameters.items():
             able[name] |= may.get(id(p), torch.ones_like(p, dtype=torch.bool))
@@ -46,14 +46,14 @@ def test_every_group_of_elements_has_a_gradient_within_the_warm_steps(slug, cell
 
 
 def test_nothing_frozen_ever_has_a_gradient(slug, tmp_path):
-    model = harness.attach(slug, tiny.BY_NAME["Linear"], short=True)
+    model = harness.attach(slug, specimens.BY_NAME["Linear"], short=True)
     optimizer, _ = harness.optimizer_for(model, tmp_path)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     held = {f"{i}.{n}": b for i, d in enumerate(harness.deltas(model)) for n, b in d.named_buffers()}
     factors = {n: b.clone() for n, b in held.items() if b.is_floating_point() and b.dim() == 2}
     model.train()
     for i in range(20):
-        model(**tiny.batch(i, 4)).loss.backward()
+        model(**specimens.batch(i, 4)).loss.backward()
         closed = {key: ~may for key, may in open_entries(model).items()}
         for name, p in model.named_parameters():
             if name in frozen:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -21,19 +21,21 @@ class Stack(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(tiny.VOCAB, 19)
+        self.embed = nn.Embedding(specimens.VOCAB, 19)
         self.up = nn.ModuleList([nn.Linear(19, 23), nn.Linear(19, 23, bias=True)])
         self.down = nn.ModuleList([nn.Linear(23, 19), nn.Linear(23, 19)])
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> tiny.SequenceClassifierOutput:
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> specimens.SequenceClassifierOutput:
         x = self.embed(input_ids)
         for up, down in zip(self.up, self.down, strict=True):
             x = x + down(torch.tanh(up(x)))
         loss = None if labels is None else nn.functional.cross_entropy(x[:, -1], labels[:, -1] % 19)
-        return tiny.SequenceClassifierOutput(loss=loss, logits=x)
+        return specimens.SequenceClassifierOutput(loss=loss, logits=x)
 
 
-STACK = tiny.Cell("Stack", "Linear", Stack, {"target_modules": ["0", "1"]})
+STACK = specimens.Cell("Stack", "Linear", Stack, {"target_modules": ["0", "1"]})
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def counting(graphs: Counter, key):
     return aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, inputs: graph.forward)
 
 
-@pytest.mark.parametrize("cell", [STACK, tiny.BY_NAME["Conv1D"]], ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [STACK, specimens.BY_NAME["Conv1D"]], ids=lambda c: c.name)
 def test_two_graphs_a_layer_shape_over_fifty_steps(slug, cell, tmp_path):
     """Each layer is compiled by itself."""
     graphs: Counter = Counter()
@@ -94,14 +96,14 @@ def test_the_whole_model_is_one_graph(slug, tmp_path):
     optimizer, _ = harness.optimizer_for(model, tmp_path, steps=STEPS)
     for i in range(12):
         model.train()
-        compiled(**tiny.batch(i)).loss.backward()
+        compiled(**specimens.batch(i)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert 1 <= graphs["model"] <= 2, graphs
 
 
 @pytest.mark.parametrize(
-    "cell", [STACK, tiny.BY_NAME["Embedding"], tiny.BY_NAME["grouped Conv2d"]], ids=lambda c: c.name
+    "cell", [STACK, specimens.BY_NAME["Embedding"], specimens.BY_NAME["grouped Conv2d"]], ids=lambda c: c.name
 )
 def test_compiled_evaluation_equals_eager(slug, cell):
     import weft
@@ -112,7 +114,7 @@ def test_compiled_evaluation_equals_eager(slug, cell):
     expected = harness.outputs(model)
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
-        assert harness.relative(compiled(**tiny.batch(50)).logits, expected) <= 1e-5
+        assert harness.relative(compiled(**specimens.batch(50)).logits, expected) <= 1e-5
 
 
 @pytest.mark.slow

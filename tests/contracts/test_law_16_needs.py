@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from peft import PeftModel, get_peft_model
 
@@ -14,13 +14,13 @@ KNOWN = {"batches", "held_out", "quality", "original_weights"}
 
 
 def bare(slug: str):
-    return weft.config_class(slug)(**harness.options(slug, **tiny.SMALL.target))
+    return weft.config_class(slug)(**harness.options(slug, **specimens.SMALL.target))
 
 
 def test_needs_are_known_and_nothing_else_is_asked(slug):
     assert set(weft.card(slug).needs) <= KNOWN
     if not weft.card(slug).needs:
-        model = tiny.base(tiny.SMALL)
+        model = specimens.base(specimens.SMALL)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         config = bare(slug)
         assert weft.prepare(model, config) is config
@@ -29,7 +29,7 @@ def test_needs_are_known_and_nothing_else_is_asked(slug):
 
 def test_an_unserved_need_is_refused_by_name(slug):
     for need in weft.card(slug).needs:
-        model = tiny.base(tiny.SMALL)
+        model = specimens.base(specimens.SMALL)
         others = {k: v for k, v in harness.served(slug, model).items() if k != need}
         with pytest.raises(weft.UsageError, match=need):
             weft.prepare(model, bare(slug), **others)
@@ -38,10 +38,10 @@ def test_an_unserved_need_is_refused_by_name(slug):
 
 
 def test_preparing_leaves_the_model_as_it_was(slug):
-    model = tiny.base(tiny.SMALL).eval()
+    model = specimens.base(specimens.SMALL).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     flags = {k: p.requires_grad for k, p in model.named_parameters()}
-    harness.configure(slug, model, tiny.SMALL)
+    harness.configure(slug, model, specimens.SMALL)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     assert all(p.grad is None and p.requires_grad == flags[k] for k, p in model.named_parameters())
     assert not model.training
@@ -52,5 +52,5 @@ def test_reloading_needs_nothing(slug, tmp_path, monkeypatch):
     model.save_pretrained(str(tmp_path))
     expected = harness.outputs(model)
     monkeypatch.setattr("weft.adapters._training.prepare", lambda *a, **k: pytest.fail("reloading prepared"))
-    again = PeftModel.from_pretrained(tiny.base(tiny.SMALL), str(tmp_path))
+    again = PeftModel.from_pretrained(specimens.base(specimens.SMALL), str(tmp_path))
     assert torch.equal(harness.outputs(again), expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -13,7 +13,7 @@ import weft
 from weft.adapters._delta import Delta
 
 
-@pytest.fixture(params=tiny.CELLS, ids=lambda c: c.name)
+@pytest.fixture(params=specimens.CELLS, ids=lambda c: c.name)
 def cell(request):
     return request.param
 
@@ -57,7 +57,7 @@ def test_it_learns(slug, cell, tmp_path):
     if (model := attached(slug, cell)) is None:
         return
     optimizer, _ = harness.optimizer_for(model, tmp_path, lr=weft.card(slug).recipe.get("learning_rate", 1e-3) * 3)
-    data = tiny.batch(3, 8)
+    data = specimens.batch(3, 8)
 
     def loss() -> torch.Tensor:
         return model(**data).loss
@@ -75,7 +75,7 @@ def test_it_learns(slug, cell, tmp_path):
 
 
 def test_an_expert_is_made_dense_once_a_forward(slug, monkeypatch):
-    for cell in tiny.CELLS:
+    for cell in specimens.CELLS:
         if cell.kind != "3-D expert" or cell.kind in weft.card(slug).refuses:
             continue
         model = harness.attach(slug, cell)
@@ -93,8 +93,8 @@ def test_an_expert_is_made_dense_once_a_forward(slug, monkeypatch):
 
 
 def test_a_quantised_base_is_refused_by_name(slug):
-    model = tiny.base(tiny.SMALL)
-    config = harness.configure(slug, model, tiny.SMALL)
+    model = specimens.base(specimens.SMALL)
+    config = harness.configure(slug, model, specimens.SMALL)
     model.first.weight = nn.Parameter(model.first.weight.mul(40).to(torch.int8), requires_grad=False)
     with pytest.raises(weft.UsageError, match=r"first is quantised"):
         get_peft_model(model, config)
@@ -102,7 +102,9 @@ def test_a_quantised_base_is_refused_by_name(slug):
 
 def test_a_tied_weight_is_refused_with_the_remedy(slug):
     for target in ("lm_head", "embed_tokens"):
-        cell = tiny.Cell("tied", "Linear", lambda: tiny.llama(tie_word_embeddings=True), {"target_modules": [target]})
+        cell = specimens.Cell(
+            "tied", "Linear", lambda: specimens.llama(tie_word_embeddings=True), {"target_modules": [target]}
+        )
         if "Embedding" in weft.card(slug).refuses and target == "embed_tokens":
             continue
         with pytest.raises(weft.UsageError, match=f"{target}.*tie_word_embeddings=False"):
@@ -134,7 +136,7 @@ def test_unknown_keys_raise(slug):
 
 
 def test_targets_that_match_nothing_are_refused_with_what_there_is(slug):
-    cell = tiny.Cell("none", "Linear", tiny.Mlp, {"target_modules": ["third"]})
+    cell = specimens.Cell("none", "Linear", specimens.Mlp, {"target_modules": ["third"]})
     with pytest.raises(weft.UsageError, match=r"third.*first.*second"):
         harness.attach(slug, cell)
 
@@ -143,7 +145,7 @@ def test_every_delta_is_reached(slug):
     """What the table tried are the method's own deltas, one a matrix: blocks and experts have one each."""
     expected = {"Linear": 14, "Conv1D": 8, "3-D expert": 6, "fused qkv": 3, "fused qkv, Conv1D": 6}
     for name, count in expected.items():
-        cell = tiny.BY_NAME[name]
+        cell = specimens.BY_NAME[name]
         if cell.kind not in weft.card(slug).refuses:
             found = harness.deltas(harness.attach(slug, cell))
             assert len(found) == count and all(isinstance(d, Delta) for d in found), name

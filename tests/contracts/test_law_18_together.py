@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import harness
 import pytest
-import tiny
+import specimens
 import torch
 from peft import PeftModel, get_peft_model
 
 import weft
 
-CELLS = [tiny.BY_NAME[name] for name in ("Linear", "Conv1D", "fused qkv")]
-LINEAR = tiny.BY_NAME["Linear"]
+CELLS = [specimens.BY_NAME[name] for name in ("Linear", "Conv1D", "fused qkv")]
+LINEAR = specimens.BY_NAME["Linear"]
 
 
-@pytest.mark.parametrize("cell", [*CELLS, tiny.SMALL], ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [*CELLS, specimens.SMALL], ids=lambda c: c.name)
 def test_two_adapters_add_up(slug, cell):
     model = harness.attach_two(slug, cell, torch.float64)
     for one in harness.watch_forward(model):
         assert harness.relative(one.output, harness.reference(one, ("default", "second"))) <= 1e-10
 
 
-@pytest.mark.parametrize("cell", [tiny.SMALL, LINEAR], ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [specimens.SMALL, LINEAR], ids=lambda c: c.name)
 def test_each_alone_is_itself(slug, cell):
     model = harness.attach_two(slug, cell)
     model.set_adapter("default")
@@ -34,10 +34,10 @@ def test_each_alone_is_itself(slug, cell):
         assert harness.relative(one.output, harness.reference(one, ("second",))) <= 1e-5
 
 
-@pytest.mark.parametrize("cell", [tiny.SMALL, LINEAR], ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [specimens.SMALL, LINEAR], ids=lambda c: c.name)
 def test_disabled_is_the_base_bit_for_bit(slug, cell):
     model = harness.attach_two(slug, cell)
-    expected, adapted = harness.outputs(tiny.base(cell)), harness.outputs(model)
+    expected, adapted = harness.outputs(specimens.base(cell)), harness.outputs(model)
     assert not torch.equal(adapted, expected)
     with model.disable_adapter():
         assert torch.equal(harness.outputs(model), expected)
@@ -45,7 +45,7 @@ def test_disabled_is_the_base_bit_for_bit(slug, cell):
     assert torch.equal(harness.outputs(model.unload()), expected)
 
 
-@pytest.mark.parametrize("cell", [tiny.SMALL, LINEAR], ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [specimens.SMALL, LINEAR], ids=lambda c: c.name)
 def test_deleting_one_leaves_the_other(slug, cell):
     model = harness.attach_two(slug, cell)
     model.set_adapter("second")
@@ -61,7 +61,7 @@ def test_the_second_is_saved_by_itself(slug, tmp_path):
     model.set_adapter("second")
     expected = harness.outputs(model)
     model.save_pretrained(str(tmp_path), selected_adapters=["second"])
-    again = PeftModel.from_pretrained(tiny.base(LINEAR), str(tmp_path / "second"))
+    again = PeftModel.from_pretrained(specimens.base(LINEAR), str(tmp_path / "second"))
     assert torch.equal(harness.outputs(again), expected)
 
 
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_nothing(slug, reentrant):
         model.train()
         torch.manual_seed(3)
         for part in (0, 1):
-            model(**tiny.batch(part)).loss.backward()
+            model(**specimens.batch(part)).loss.backward()
         found.append({n: p.grad for n, p in harness.trainable(model).items() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     for name, g in found[0].items():
@@ -101,13 +101,13 @@ def test_gradient_checkpointing_changes_nothing(slug, reentrant):
 
 
 def test_the_tiny_models_are_what_the_law_asks_for():
-    llama = tiny.base(LINEAR)
+    llama = specimens.base(LINEAR)
     assert llama.config.num_key_value_heads < llama.config.num_attention_heads
     shapes = {tuple(m.weight.shape) for m in llama.modules() if isinstance(m, torch.nn.Linear)}
     assert (37, 32) in shapes and (32, 37) in shapes and (16, 32) in shapes  # prime sides, tall, wide, shared heads
 
 
-@pytest.mark.parametrize("cell", tiny.CELLS, ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", specimens.CELLS, ids=lambda c: c.name)
 def test_counts_equal_the_formula(slug, cell):
     if cell.kind in weft.card(slug).refuses:
         return
