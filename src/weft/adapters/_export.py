@@ -164,14 +164,13 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
     method = card(config.slug())
     if method.exports == "refused":
         raise UsageError(f"{method.slug} has no plain LoRA form: {method.reasons.get('exports', method.limitations)}")
+    layers = _layers(model, adapter)
     found: dict[str, list[Factors]] = {}
     worst = 0.0
-    for name, layer in _layers(model, adapter).items():
+    for name, layer in layers.items():
         kind = getattr(layer, "kind", None)
-        if isinstance(kind, Conv) and kind.groups > 1:
-            raise UsageError(
-                f"{name} is a grouped convolution, which PEFT's LoRA factorises otherwise: export to merged"
-            )
+        if isinstance(kind, Conv) and (odd := _unlike_peft(kind)):
+            raise UsageError(f"{name} is a {odd}, which PEFT's LoRA does not repeat: export to merged")
         if any(d.bias_delta() is not None for d in leaves(layer.deltas[adapter])):
             raise UsageError(f"{method.slug} moves the bias of {name}, which a LoRA cannot hold: export to merged")
         pairs = _module_factors(layer, adapter, rank)
@@ -185,7 +184,11 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
     tensors: dict[str, Tensor] = {}
     for name, pairs in found.items():
         width = ranks[name] if compact else r
-        tensors.update(_lora_tensors(name, _layers(model, adapter)[name], [_padded(p, width) for p in pairs]))
+        layer = layers[name]
+        root = (
+            f"base_model.model.{_expert_path(name, layer, layers, found) if isinstance(layer, ParamWrapper) else name}"
+        )
+        tensors.update(_lora_tensors(root, layer, [_padded(p, width) for p in pairs]))
     marker = f"weft_{method.slug}_delta"
     tensors.update(
         {
@@ -208,16 +211,34 @@ def _padded(pair: Factors, r: int) -> Factors:
     return nn.functional.pad(b, (0, extra)), nn.functional.pad(a, (0, 0, 0, extra))
 
 
-def _lora_tensors(name: str, layer: _Adapted, pairs: list[Factors]) -> dict[str, Tensor]:
+def _unlike_peft(kind: Conv) -> str | None:
+    """What PEFT's LoRA would compute otherwise in a convolution: it hands on kernel, stride and padding only."""
+    if kind.groups > 1:
+        return "grouped convolution"
+    if any(d != 1 for d in kind.dilation):
+        return "dilated convolution"
+    return f"convolution that pads by {kind.mode}" if kind.mode != "zeros" else None
+
+
+def _expert_path(name: str, layer: ParamWrapper, layers: dict[str, _Adapted], found: dict[str, Any]) -> str:
+    """Where PEFT puts the LoRA of an expert parameter: those of one module are nested, the first innermost."""
+    same = [n for n in found if layers[n].get_base_layer() is layer.get_base_layer()]
+    outside = sum(_depth(layers[n]) > _depth(layer) for n in same)
+    return name.rpartition(".")[0] + ".base_layer" * outside
+
+
+def _depth(layer: Any) -> int:
+    return 1 + _depth(layer.base_layer) if isinstance(layer, ParamWrapper) else 0
+
+
+def _lora_tensors(root: str, layer: _Adapted, pairs: list[Factors]) -> dict[str, Tensor]:
     """The tensors under PEFT's names."""
     if isinstance(layer, ParamWrapper):
-        module = name.rpartition(".")[0] if name.endswith(f".{layer.parameter_name}") else name
         stacked_a = torch.cat([a for _, a in pairs])  # experts·r × in
         stacked_b = torch.stack([b for b, _ in pairs], dim=-1).flatten(1)  # out × r·experts, experts innermost
-        root = f"base_model.model.{module}"
         return {f"{root}.lora_A.weight": stacked_a, f"{root}.lora_B.weight": stacked_b}
     b, a = pairs[0]
-    root, kind = f"base_model.model.{name}", layer.kind  # type: ignore[attr-defined]
+    kind = layer.kind  # type: ignore[attr-defined]
     if isinstance(kind, Embedding):
         return {f"{root}.lora_embedding_A": a, f"{root}.lora_embedding_B": b}
     if isinstance(kind, Conv):
