@@ -129,6 +129,17 @@ def randomise(model: nn.Module, adapter: str = "default", scale: float = 0.1) ->
     return model
 
 
+def randomise_open(model: nn.Module, scale: float = 0.05) -> nn.Module:
+    """`randomise`, but what a method holds at zero stays there: a rank that was learned is kept."""
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    randomise(model, scale=scale)
+    with torch.no_grad():
+        for name, p in trainable(model).items():
+            if not bool((before[name] == 0).all()):
+                p.mul_(before[name] != 0)
+    return model
+
+
 def native(layer: Any, matrix: Tensor) -> Tensor:
     """ΔW (out × in) in the layout of the wrapped parameter; worked out here and not by the engine."""
     inner = layer.get_base_layer()

@@ -106,18 +106,19 @@ class Mlp(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Convolutions (strided, padded, dilated, grouped) over an image made of embeddings, and a linear head."""
+    """Convolutions (strided, reflecting, plain, dilated, grouped) over an image of embeddings, and a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, 15)  # every token is 3 channels of five pixels
         self.conv = nn.Conv2d(3, 10, (3, 2), stride=(2, 1), padding=1, padding_mode="reflect")
+        self.plain = nn.Conv2d(10, 10, (1, 3), padding=(0, 1))
         self.grouped = nn.Conv2d(10, 15, 3, padding=2, dilation=2, groups=5, bias=False)
         self.head = nn.Linear(15, 7)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         image = self.embed(input_ids).unflatten(-1, (3, 5)).transpose(1, 2)  # batch × 3 × tokens × 5
-        hidden = torch.tanh(self.grouped(torch.tanh(self.conv(image))))
+        hidden = torch.tanh(self.grouped(torch.tanh(self.plain(torch.tanh(self.conv(image))))))
         logits = self.head(hidden.flatten(2).mean(-1))
         if labels is None:
             return SequenceClassifierOutput(logits=logits)
@@ -156,6 +157,7 @@ CELLS = [
     Cell("fused qkv, Conv1D", "Conv1D", gpt2, {"target_modules": ["c_attn"], "split_qkv": True}),
 ]
 BY_NAME = {cell.name: cell for cell in CELLS}
+PLAIN_CONV = Cell("plain Conv2d", "Conv", ConvNet, {"target_modules": ["plain"]})
 SMALL = Cell("Mlp", "Linear", Mlp, {"target_modules": ["first", "second"]})
 WIDE = Cell("wide Mlp", "Linear", wide, {"target_modules": ["first", "second"]})
 
