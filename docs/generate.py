@@ -211,10 +211,10 @@ def attachments(slug: str) -> dict[str, str]:
     if contracts not in sys.path:
         sys.path.append(contracts)
     import harness
-    import tiny
+    import specimens
 
     found = {}
-    for cell in tiny.CELLS:
+    for cell in specimens.CELLS:
         try:
             harness.attach(slug, cell)
             found[cell.name] = "yes"
