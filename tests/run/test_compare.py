@@ -111,6 +111,14 @@ def test_parameters_are_solved_on_the_skeleton(place):
     assert plan.entry("full").trainable == plan.parameters
 
 
+def test_adalora_is_sized_by_the_rank_it_starts_with(place):
+    plan = plan_study(_study(place, budget=parse_budget("params=1000,steps=4"), methods=("peft:adalora",)))
+    entry = plan.entry("peft:adalora")
+    # a rank has one parameter more than LoRA's in each of 14 modules: its singular value
+    assert entry.knob == {"name": "init_r", "value": 2, "unreachable": False}
+    assert entry.trainable == 2 * (464 + 14)
+
+
 def test_what_cannot_meet_the_budget_is_marked_and_runs_as_near_as_it_can(place):
     plan = plan_study(_study(place, budget=parse_budget("params=240,steps=4")))
     assert plan.entry("peft:lora").knob == {"name": "r", "value": 1, "unreachable": True}

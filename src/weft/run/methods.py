@@ -32,7 +32,7 @@ _PEFT_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # The field that sets the number of trainable parameters, where it is not `r`.
 _PEFT_KNOBS = {
-    "ADALORA": "target_r",
+    "ADALORA": "init_r",  # what it starts with; training prunes to target_r
     "BOFT": "boft_block_size",
     "C3A": "block_size",
     "FOURIERFT": "n_frequency",
@@ -169,6 +169,8 @@ def resolve(name: str, options: dict[str, Any] | None = None) -> Method:
         if kind == "ADALORA":
             # the real number is known, and set, when the run starts
             fields["total_step"] = fields.get("tinit", 0) + fields.get("tfinal", 0) + 1
+            if "init_r" in fields and "target_r" not in fields:
+                fields["target_r"] = max(1, fields["init_r"] * 2 // 3)  # as in PEFT's defaults, 12 to 8
     else:
         card = registry.card(name)
         recipe, knob = {"learning_rate": _LORA_LEARNING_RATE, **_COMMON_RECIPE, **card.recipe}, card.knob
@@ -378,5 +380,9 @@ def count_trainable(method: Method, model_skeleton: nn.Module) -> int:
         if isinstance(getattr(config, "init_lora_weights", None), str):
             config.init_lora_weights = True  # initialisations that factorise the weight do not change the count
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    unique = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+    unique = {
+        id(parameter): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".ranknum." not in name  # AdaLoRA's counters, frozen except on the meta device
+    }
     return sum(parameter.numel() for parameter in unique.values())

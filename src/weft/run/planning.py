@@ -136,22 +136,24 @@ def _reference(name: str, skeleton: nn.Module) -> Entry:
 
 
 def _entry(study: Study, name: str, skeleton: nn.Module, notes: list[str]) -> Entry:
+    from weft.run import methods
+
     count = _counter(study, name, skeleton)
-    method, trainable = count({})
-    wanted, knob = study.budget.params, None
-    if wanted is not None:
-        options = study.options.get(name, {})
-        if method.knob is None or method.knob in options:
-            knob = budgets.unturnable(trainable, wanted)
-            knob = budgets.Knob(method.knob, options.get(method.knob or ""), trainable, knob.unreachable)
-        else:
-            knob_name = method.knob
-            knob = budgets.solve_knob(knob_name, lambda value: count({knob_name: value})[1], wanted)
-            method, trainable = count({knob_name: knob.value})
-        if knob.unreachable:
-            notes.append(f"{name} cannot have {wanted:,} trainable parameters; it runs with {trainable:,}.")
-    elif method.knob is not None and (value := getattr(method.config, method.knob, None)) is not None:
-        knob = budgets.Knob(method.knob, value, trainable, unreachable=False)
+    given, wanted = study.options.get(name, {}), study.budget.params
+    turned = methods.resolve(name, method_options(study, name)).knob
+    knob: budgets.Knob | None = None
+    if wanted is not None and turned is not None and turned not in given:
+        knob = budgets.solve_knob(turned, lambda value: count({turned: value})[1], wanted)
+        method, trainable = count({turned: knob.value})
+    else:
+        method, trainable = count({})
+        value = getattr(method.config, turned or "", None)
+        if wanted is not None:
+            knob = budgets.Knob(turned, value, trainable, budgets.unturnable(trainable, wanted).unreachable)
+        elif value is not None:
+            knob = budgets.Knob(turned, value, trainable, unreachable=False)
+    if wanted is not None and knob is not None and knob.unreachable:
+        notes.append(f"{name} cannot have {wanted:,} trainable parameters; it runs with {trainable:,}.")
     shown = None if knob is None else {"name": knob.name, "value": knob.value, "unreachable": knob.unreachable}
     return Entry(name, dict(method.options), dict(method.recipe), shown, trainable)
 
