@@ -9,8 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py, which makes model
 
 import tiny
 
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `weft` itself sets it before the libraries load
-
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
