@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from weft.adapters import _sketch
 from weft.adapters._config import AdapterConfig, peft_type
 from weft.adapters._delta import Blocks, Delta, Experts, Site, leaves, named_leaves
-from weft.adapters._kinds import SUPPORTED, Embedding, Linear, TransposedLinear, kind_of, qkv_sizes
+from weft.adapters._kinds import Embedding, Linear, TransposedLinear, kind_of, qkv_sizes
+from weft.adapters._targets import check_targets, tied_weights
 from weft.errors import UsageError
 from weft.registry import card, cards, class_name
 
@@ -33,6 +33,7 @@ class _Adapted(BaseTunerLayer):
     slug: str
     base_layer: nn.Module
     other_param_names = ("controllers",)
+    takes_bias = True  # whether the module's result could carry one
 
     def _init_adapted(self, base_layer: nn.Module, module_name: str) -> None:
         self.base_layer = base_layer
@@ -76,6 +77,9 @@ class _Adapted(BaseTunerLayer):
         if config.is_stored:
             _await_tensors(delta)
         self.deltas[adapter_name] = delta
+        if not self.takes_bias and self.moves_bias(adapter_name):
+            del self.deltas[adapter_name]
+            raise UsageError(f"{self.slug} moves biases, and {self.module_name} has no place for one")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def await_tensors(self, adapter: str) -> None:
@@ -124,12 +128,21 @@ class _Adapted(BaseTunerLayer):
     def bias_parameter(self) -> nn.Parameter | None:
         return getattr(self.get_base_layer(), "bias", None)
 
+    def moves_bias(self, adapter: str) -> bool:
+        return adapter in self.deltas and any(d.bias_delta() is not None for d in leaves(self.deltas[adapter]))
+
+    def check_bias(self, adapters: Sequence[str]) -> None:
+        """Raise UsageError where merging would need a bias that the module was built without."""
+        if self.bias_parameter() is None and any(map(self.moves_bias, adapters)):
+            raise UsageError(f"{self.module_name} has no bias in the model's config, so Δbias cannot be merged into it")
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the adapters into the weight: one rounding of float32 W + ΣΔW, every ΔW from the original W."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deltas]
         if not names:
             return
+        self.check_bias(names)
         weight, bias = self.original(), self.bias_parameter()
         if self._originals is None:
             self._originals = (weight.data, None if bias is None else bias.data)
@@ -145,8 +158,6 @@ class _Adapted(BaseTunerLayer):
         merged = total.to(w0.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging would write NaN or infinity into {self.module_name}; adapter {names} is broken")
-        if shift is not None and b0 is None:
-            raise UsageError(f"{self.module_name} has no bias in the model's config, so Δbias cannot be merged into it")
         self.merge_error = float((merged.to(wide) - total).norm() / total.norm().clamp_min(1e-30))
         weight.data = merged
         if shift is not None and bias is not None and b0 is not None:
@@ -189,6 +200,7 @@ class AdaptedModule(nn.Module, _Adapted):
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__()
         self.kind = kind_of(base_layer, module_name)
+        self.takes_bias = not isinstance(self.kind, Embedding)
         self._init_adapted(base_layer, module_name)
 
     def original(self) -> nn.Parameter:
@@ -275,6 +287,7 @@ class ParamWrapper(nn.Module, _Adapted):
     def __init__(self, base_layer: nn.Module, module_name: str, parameter_name: str) -> None:
         super().__init__()
         self.parameter_name = parameter_name
+        self.takes_bias = False
         self._init_adapted(base_layer, module_name)
         shape = tuple(self.original().shape)
         if len(shape) != 3:
@@ -381,18 +394,8 @@ class AdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse before any work what no module could serve."""
-        self._tied = _tied_weights(model)
-        targets = peft_config.target_modules
-        if targets == "all-linear" or (isinstance(targets, list) and not targets):
-            return
-        names = [
-            n for n, _ in model.named_modules() if n and not re.search(rf"\.({self.prefix}delta|base_layer)(\.|$)", n)
-        ]
-        if targets is not None and not any(check_target_module_exists(peft_config, n) for n in names):
-            raise UsageError(
-                f"target_modules={targets!r} matches nothing in {type(model).__name__}; "
-                f"there are: {', '.join(_suffixes(model))}"
-            )
+        self._tied = tied_weights(model)
+        check_targets(model, peft_config, self.prefix)
 
     def _create_and_replace(
         self,
@@ -528,20 +531,25 @@ class AdapterModel(BaseTuner):
             raise UsageError(f"the adapter's file {what}" + (f" (and {more} more)" if more else ""))
         return remapped
 
+    def _check_biases(self, adapter_names: list[str] | None) -> None:
+        """Before any weight is touched, so that a refusal leaves nothing half merged."""
+        for m in self.model.modules():
+            if isinstance(m, _Adapted):
+                m.check_bias(adapter_names or m.active_adapters)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_biases(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
-        report_merge(self.model)
+        _log_merge([m for m in self.model.modules() if isinstance(m, _Adapted)])
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         layers = [m for m in self.model.modules() if isinstance(m, _Adapted)]
+        if merge:
+            self._check_biases(kwargs.get("adapter_names"))
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
             _log_merge(layers)
         return model
-
-
-def report_merge(model: nn.Module) -> None:
-    _log_merge([m for m in model.modules() if isinstance(m, _Adapted)])
 
 
 def _log_merge(layers: Sequence[_Adapted]) -> None:
@@ -549,26 +557,6 @@ def _log_merge(layers: Sequence[_Adapted]) -> None:
     if errors:
         worst, name = max(errors)
         logger.warning("merged %d weights; the largest relative rounding error is %.1e (%s)", len(errors), worst, name)
-
-
-def _suffixes(model: nn.Module) -> list[str]:
-    """Last names of modules that can be adapted, for error messages."""
-    names = set()
-    for name, module in model.named_modules():
-        try:
-            kind_of(module, name)
-        except UsageError:
-            continue
-        names.add(name.rpartition(".")[2])
-    return sorted(names) or [f"no module of a supported kind ({SUPPORTED})"]
-
-
-def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of parameters that several modules share, by the parameter's id."""
-    names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    return {key: found for key, found in names.items() if len(found) > 1}
 
 
 def delta_class(slug: str) -> Callable[[Any, Site], Delta]:
