@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import specimens
 import torch
 from peft import get_peft_model
@@ -167,6 +169,22 @@ def delta_weight(layer: Any, adapter: str = "default") -> Tensor:
 def delta_bias(layer: Any, adapter: str = "default") -> Tensor | None:
     parts = [d.bias_delta() for d in layer.deltas[adapter].modules() if isinstance(d, Delta)]
     return None if any(p is None for p in parts) else torch.cat([p.detach() for p in parts])
+
+
+def merges(model: nn.Module, **kwargs: Any) -> bool:
+    """Merge the active adapters; False where that is rightly refused, by name: Δb and a module without a bias."""
+    homeless = [
+        layer.module_name
+        for _, layer in layers(model)
+        if getattr(layer.get_base_layer(), "bias", None) is None
+        and any(delta_bias(layer, adapter) is not None for adapter in layer.deltas)
+    ]
+    if not homeless:
+        model.merge_adapter(**kwargs)
+        return True
+    with pytest.raises(weft.UsageError, match=f"{re.escape(homeless[0])} has no bias"):
+        model.merge_adapter(**kwargs)
+    return False
 
 
 def chain(layer: Any) -> Iterator[Any]:

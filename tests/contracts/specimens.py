@@ -87,12 +87,12 @@ def gpt_oss() -> GptOssForCausalLM:
 
 
 class Mlp(nn.Module):
-    """Two linears of odd sides, one without a bias, over mean-pooled embeddings."""
+    """Two linears of odd sides, one without a bias unless asked for, over mean-pooled embeddings."""
 
-    def __init__(self, width: int = 24, hidden: int = 13) -> None:
+    def __init__(self, width: int = 24, hidden: int = 13, bias: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, width)
-        self.first = nn.Linear(width, hidden, bias=False)
+        self.first = nn.Linear(width, hidden, bias=bias)
         self.second = nn.Linear(hidden, 7)
 
     def features(self, input_ids: Tensor) -> Tensor:
