@@ -59,6 +59,23 @@ def test_every_numeric_field(slug):
         )
 
 
+def test_a_scale_that_the_config_has_is_in_the_maths(slug):
+    """No field for show: where there is an α, ΔW is proportional to it."""
+    for name in harness.fields(slug):
+        if name.endswith("alpha"):
+            once, thrice = (
+                [
+                    harness.delta_weight(layer)
+                    for _, layer in harness.layers(
+                        harness.randomise(harness.attach(slug, dtype=torch.float64, **{name: alpha}))
+                    )
+                ]
+                for alpha in (2.0, 6.0)
+            )
+            for a, b in zip(once, thrice, strict=True):
+                assert harness.relative(b, 3 * a) <= 1e-10 and a.norm() > 0
+
+
 @pytest.mark.parametrize(
     "cell", [specimens.BY_NAME["Linear"], specimens.BY_NAME["Conv1D"], specimens.SMALL], ids=lambda c: c.name
 )

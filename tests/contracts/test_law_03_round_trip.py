@@ -47,7 +47,7 @@ def write_verdicts(root: Path) -> None:
             torch.set_num_threads(1)
             (folder / "case.json").write_text(json.dumps({"slug": slug, "cell": cell.name}))
     command = [sys.executable, reload_worker.__file__, str(root)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}  # waiting costs no core
     running = [subprocess.Popen([*command, str(n)], env=environment, stderr=subprocess.PIPE) for n in THREADS]
     for process in running:
         _, errors = process.communicate()
@@ -170,3 +170,38 @@ def test_a_trainable_reload_trains(slug, saved, tmp_path):
 
 def test_the_readme_says_import_weft(slug, saved):
     assert "import weft" in (saved / "README.md").read_text()
+
+
+def test_what_is_drawn_or_computed_again_carries_a_checksum(slug, saved, tmp_path):
+    """A file that relies on seeds says what they drew; another draw is found out."""
+    config = json.loads((saved / "adapter_config.json").read_text())
+    model = harness.attach(slug, LINEAR)
+    derived = {n for d in harness.deltas(model) for n, b in d.named_buffers() if b.is_floating_point() and b.dim() == 2}
+    held = {n for d in harness.deltas(model) for n in d.state_dict()}
+    if derived - held:
+        assert config["checksums"], f"{sorted(derived - held)} are in no file, so something must tell them by"
+    for name in sorted(config["checksums"])[:2]:
+        folder = copied(saved, tmp_path, lambda tensors: None)
+        wrong = {**config["checksums"], name: "0" * 16}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "checksums": wrong}))
+        with pytest.raises(weft.UsageError, match=r"trained (on|with)"):
+            reload_worker.peft(folder, LINEAR)
+
+
+def test_factors_that_are_not_stored_need_the_very_weight(slug, tmp_path):
+    if "store_factors" not in harness.fields(slug):
+        return
+    assert harness.fields(slug)["store_factors"].default is True
+    sizes = {}
+    for stored in (True, False):
+        folder = tmp_path / str(stored)
+        model = harness.randomise(harness.attach(slug, LINEAR, store_factors=stored))
+        model.save_pretrained(str(folder))
+        sizes[stored] = (folder / "adapter_model.safetensors").stat().st_size
+        assert torch.equal(harness.outputs(reload_worker.peft(folder, LINEAR)), harness.outputs(model))
+    assert sizes[False] < sizes[True] / 2
+    other = specimens.base(LINEAR)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-6  # too little for a sketch of eight numbers
+    with pytest.raises(weft.UsageError, match=r"layers\.0\.mlp\.up_proj"):
+        PeftModel.from_pretrained(other, str(tmp_path / "False"))
