@@ -51,7 +51,13 @@ def test_nothing_is_created_resized_or_removed(slug, tmp_path):
 
 def test_closed_entries_see_no_decay_momentum_or_step(slug, tmp_path, monkeypatch):
     """What is closed before a step and after it keeps its bits in between, the optimiser's state too."""
-    model = harness.attach(slug, short=True)
+    switches = [name for name, f in harness.fields(slug).items() if isinstance(f.default, bool)]
+    for given in [{}, *({name: not harness.fields(slug)[name].default} for name in switches)]:
+        with monkeypatch.context() as patch:
+            keeps_still(harness.attach(slug, short=True, **given), tmp_path, patch)
+
+
+def keeps_still(model, tmp_path, monkeypatch) -> None:
     optimizer, _ = harness.optimizer_for(model, tmp_path, steps=STEPS, weight_decay=0.1)
     asked: list[dict[Tensor, Tensor]] = []
     for c in harness.controllers(model):
