@@ -202,7 +202,7 @@ def cases(args: argparse.Namespace) -> dict[str, tuple[Any, Any, float, str]]:
         "lora_sb": (lambda: weft.LoraSbConfig(r=R), lora, 1.15, "PEFT LoRA"),
         "svfit r=8": (lambda: weft.SvfitConfig(r=R), lora, 1.15, "PEFT LoRA"),
         "svfit r=d/8": (lambda: weft.SvfitConfig(r=d // 8), lambda: peft.LoraConfig(r=d // 8), 1.15, "PEFT LoRA r=d/8"),
-        "svfit full r": (lambda: weft.SvfitConfig(r=d), lora, 1.9, "PEFT LoRA"),
+        "svfit full r": (lambda: weft.SvfitConfig(energy=1.0), lora, 1.9, "PEFT LoRA"),
         "increlora target reached": (lambda: weft.IncreloraConfig(**reached), lora, 1.15, "PEFT LoRA"),
         "increlora scoring": (lambda: weft.IncreloraConfig(**scoring), lora, 1.6, "PEFT LoRA"),
         "randlora": (lambda: weft.RandloraConfig(r=32), lambda: peft.RandLoraConfig(r=32), 1 / 1.5, "PEFT RandLoRA"),
@@ -217,12 +217,11 @@ def cases(args: argparse.Namespace) -> dict[str, tuple[Any, Any, float, str]]:
 
 
 def attach_cases(args: argparse.Namespace) -> dict[str, tuple[Any, Any, float, str]]:
-    d = args.width
     random_init = {slug: (lambda s=slug: weft.config_class(s)(r=R)) for slug in ("sora", "dylora", "allora")}
     return {
         **{f"{s} attach": (make, lora, 1.1, "PEFT LoRA") for s, make in random_init.items()},
         "svfit full r attach": (
-            lambda: weft.SvfitConfig(r=d),
+            lambda: weft.SvfitConfig(energy=1.0),
             lambda: peft.LoraConfig(r=R, init_lora_weights="pissa"),
             1.0,
             "PEFT pissa",
