@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
@@ -127,13 +127,3 @@ def optimizer_and_scheduler(
         inner = scheduler.lr_lambdas[0]  # the same for all groups
         scheduler.lr_lambdas = [lambda now: inner(now % length)] * len(scheduler.lr_lambdas)
     return optimizer, scheduler
-
-
-def move(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    """A batch's tensors on the device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def as_batches(batches: Iterable[dict[str, Any]] | dict[str, Any]) -> list[dict[str, Any]]:
-    """One batch or several."""
-    return [batches] if isinstance(batches, dict) else list(batches)
