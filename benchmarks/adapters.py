@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -269,7 +271,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": "python benchmarks/adapters.py",
+        "command": shlex.join(["python", *sys.argv]),
         "settings": {"width": args.width, "tokens": args.tokens, "repeats": args.repeats, "dtype": str(args.dtype)},
         "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
