@@ -180,9 +180,8 @@ def gradient_pass(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.repeats):
         torch.manual_seed(0)
         model, loss = block(args)
-        config = weft.LoraSbConfig(r=R, target_modules=[str(i) for i in range(LAYERS)])
-        batches = Batches(model, loss)
-        times[0].append(timed(lambda m=model, c=config, b=batches: lora_sb.gradients(m, c, b), args.device))  # type: ignore[misc]
+        weights, batches = dict(model.named_parameters()), Batches(model, loss)
+        times[0].append(timed(lambda m=model, w=weights, b=batches: lora_sb._gradient_sums(m, w, b), args.device))  # type: ignore[misc]
         times[1].append(timed(lambda m=model, f=loss: f(m).backward(), args.device))  # type: ignore[misc]
     seconds = [statistics.median(t) for t in times]
     return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
@@ -228,8 +227,8 @@ def attach_cases(args: argparse.Namespace) -> dict[str, tuple[Any, Any, float, s
             1.0,
             "PEFT pissa",
         ),
-        "svfit r=16 attach": (
-            lambda: weft.SvfitConfig(r=16),
+        "svfit sketch r=16 attach": (
+            lambda: weft.SvfitConfig(r=16, svd="sketch"),
             lambda: peft.LoraConfig(r=16, init_lora_weights="pissa_niter_4"),
             1.0,
             "PEFT pissa_niter_4",

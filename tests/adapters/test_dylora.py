@@ -7,18 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import llama
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
 from weft.adapters.dylora import CARD, DyloraConfig, DyloraDelta, draw, set_rank
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
 def one_linear(out: int = 5, in_: int = 7, **options: object) -> tuple[nn.Module, nn.Linear, DyloraDelta]:

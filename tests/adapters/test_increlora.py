@@ -9,26 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import SixLayers, fit_two_of_six, llama
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 import weft
 from weft.adapters.increlora import RESERVE, IncreloraConfig, IncreloraController, IncreloraDelta, start_anew
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 37,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 SOON = {"init_warmup": 1, "incre_interval": 2, "warmup_steps": 2}
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES))
 
 
 def chain(*sides: int) -> nn.Sequential:
@@ -427,8 +416,9 @@ def test_a_run_too_short_to_grow_is_told_so(caplog: pytest.LogCaptureFixture) ->
 def test_count_is_the_formula() -> None:
     model = peft.get_peft_model(llama(), IncreloraConfig(target_rank=2, target_modules=["k_proj", "down_proj"]))
     assert model.get_nb_trainable_parameters()[0] == 2 * 6 * ((32 + 16 + 1) + (37 + 32 + 1))
-    found = sum(d.count() for d in model.modules() if isinstance(d, IncreloraDelta))
-    assert found == 2 * 6 * ((32 + 16 + 1) + (37 + 32 + 1))
+    deltas = [d for d in model.modules() if isinstance(d, IncreloraDelta)]
+    assert sum(d.count() for d in deltas) == 2 * 6 * ((32 + 16 + 1) + (37 + 32 + 1))
+    assert sum(d.spare() for d in deltas) == 2 * 4 * ((32 + 16 + 1) + (37 + 32 + 1))  # a budget counts the target alone
 
 
 @pytest.mark.parametrize(
@@ -456,39 +446,10 @@ def test_what_the_sides_cannot_hold_is_refused() -> None:
 
 @pytest.mark.slow
 def test_layers_that_need_rank_get_it_and_uniform_lora_is_beaten() -> None:
-    """Six layers side by side, two of which must move by an update of rank 4, with 12 components to spend."""
-
-    class Side(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(16, 12, bias=False) for _ in range(6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([torch.tanh(layer(x)) for layer in self.layers])
-
-    def trained(config: peft.PeftConfig) -> tuple[float, nn.Module]:
-        torch.manual_seed(0)
-        base, x = Side(), torch.randn(256, 16)
-        wanted = Side()
-        with torch.no_grad():
-            for i, (moved, layer) in enumerate(zip(wanted.layers, base.layers)):
-                u, v = torch.linalg.qr(torch.randn(12, 4)).Q, torch.linalg.qr(torch.randn(16, 4)).Q
-                moved.weight.copy_(layer.weight + (u @ v.T if i in (1, 4) else 0))
-            y = wanted(x) + 0.02 * torch.randn(6, 256, 12)
-        model = peft.get_peft_model(base, config).train()
-        args = TrainingArguments(output_dir="unused", max_steps=400, report_to="none", use_cpu=True, learning_rate=1e-2)
-        optimizer, scheduler = weft.optimizer_and_scheduler(model, args)
-        for _ in range(400):
-            optimizer.zero_grad()
-            loss = (model(x) - y).pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        return loss.item(), model
-
     # the objective's penalty is made for losses around 1, and these end a thousand times lower
-    config = IncreloraConfig(target_rank=2, reg_orth_coef=0.0, target_modules=[f"layers.{i}" for i in range(6)])
-    ours, model = trained(config)
-    uniform, _ = trained(peft.LoraConfig(r=2, lora_alpha=16, target_modules=config.target_modules))
+    config = IncreloraConfig(target_rank=2, reg_orth_coef=0.0, target_modules=SixLayers.names)
+    ours, model = fit_two_of_six(config, seed=0, steps=400)
+    lora = peft.LoraConfig(r=2, lora_alpha=16, target_modules=SixLayers.names)
+    uniform, _ = fit_two_of_six(lora, seed=0, steps=400)
     assert [d.active for d in model.modules() if isinstance(d, IncreloraDelta)] == [1, 4, 1, 1, 4, 1]
     assert ours < 0.1 * uniform

@@ -9,18 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import SixLayers, fit_two_of_six, llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 import weft
 from weft.adapters.sora import SoraConfig, SoraController, SoraDelta, reference_prox
 from weft.algebra.prox import levels, soft_threshold
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
 def attach(base: nn.Module, **options: object) -> tuple[nn.Module, SoraController, list[SoraDelta]]:
@@ -252,39 +247,10 @@ def test_refusals(options: dict, sentence: str) -> None:
 
 @pytest.mark.slow
 def test_it_finds_the_layers_that_need_rank_and_beats_a_lora_of_its_final_size() -> None:
-    """Six layers side by side, two of which must move by an update of rank 4."""
-
-    class Side(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(16, 12, bias=False) for _ in range(6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([torch.tanh(layer(x)) for layer in self.layers])
-
-    def trained(config: peft.PeftConfig) -> tuple[float, nn.Module]:
-        torch.manual_seed(1)
-        base, x = Side(), torch.randn(256, 16)
-        wanted = Side()
-        with torch.no_grad():
-            for i, (moved, layer) in enumerate(zip(wanted.layers, base.layers)):
-                u, v = torch.linalg.qr(torch.randn(12, 4)).Q, torch.linalg.qr(torch.randn(16, 4)).Q
-                moved.weight.copy_(layer.weight + (u @ v.T if i in (1, 4) else 0))
-            y = wanted(x) + 0.02 * torch.randn(6, 256, 12)
-        model = peft.get_peft_model(base, config).train()
-        args = TrainingArguments(output_dir="unused", max_steps=800, report_to="none", use_cpu=True, learning_rate=1e-2)
-        optimizer, scheduler = weft.optimizer_and_scheduler(model, args)
-        for _ in range(800):
-            optimizer.zero_grad()
-            loss = (model(x) - y).pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        return loss.item(), model
-
-    targets = [f"layers.{i}" for i in range(6)]
-    ours, model = trained(SoraConfig(r=8, sparse_lambda_2=3e-3, target_modules=targets))
+    config = SoraConfig(r=8, sparse_lambda_2=3e-3, target_modules=SixLayers.names)
+    ours, model = fit_two_of_six(config, seed=1, steps=800)
     kept = [int((d.g != 0).sum()) for d in model.modules() if isinstance(d, SoraDelta)]
     assert [k > 0 for k in kept] == [i in (1, 4) for i in range(6)] and sum(kept) <= 12
-    uniform, _ = trained(peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets))  # 12 components as well
+    lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=SixLayers.names)  # 12 components as well
+    uniform, _ = fit_two_of_six(lora, seed=1, steps=800)
     assert ours < 0.5 * uniform

@@ -111,6 +111,10 @@ class Delta(nn.Module):
         """Trainable numbers, from the card's formula and not from the tensors."""
         raise NotImplementedError(f"{type(self).__name__} must define count()")
 
+    def spare(self) -> int:
+        """Those of `count` that only leave room for growth and are never all in use: a budget does not count them."""
+        return 0
+
     def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
         """The tensors to release, and the rank they have where it is not the config's r."""
         return tensors, None

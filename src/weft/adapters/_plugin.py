@@ -58,15 +58,15 @@ class _Adapted(BaseTunerLayer):
 
     def original(self) -> nn.Parameter:
         """The wrapped parameter."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define original()")
 
     def to_native(self, matrix: Tensor) -> Tensor:
         """ΔW (… out × in) in the parameter's own layout."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define to_native()")
 
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
         """The delta (or deltas) for one adapter on this weight."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, model_config: Any) -> None:
         if self.merged:

@@ -26,10 +26,11 @@ The objective carries reg_orth_coef · mean over factors of ‖P·Pᵀ − I‖_
 included. Growth shrinks the existing update by n / (n + k), as in the authors' code; `preserve` scales E up to keep it.
 
 Capacity for r_cap components (three times target_rank, at most a side of W) is allocated once and opened by a mask;
-what is closed sees no decay, momentum or step. The warm-up restarts for each component: at age a, counted from the step
-in which it was opened (A, B: as reserve; E: as active), its step is multiplied by min(1, a / warmup_steps), beside the
-run's own schedule, and for Adam and AdamW at step t by (1 − β₁ᵗ) / (1 − β₁ᵃ) · √((1 − β₂ᵃ) / (1 − β₂ᵗ)): its own bias
-correction.
+what is closed sees no decay, momentum or step, and no budget counts it: that is target_rank · Σ (in + out + 1), which a
+run whose growth favours no size of module releases. The warm-up restarts for each component: at age a, counted from
+the step in which it was opened (A, B: as reserve; E: as active), its step is multiplied by min(1, a / warmup_steps),
+beside the run's own schedule, and for Adam and AdamW at step t by (1 − β₁ᵗ) / (1 − β₁ᵃ) · √((1 − β₂ᵃ) / (1 − β₂ᵗ)): its
+own bias correction.
 """
 
 from __future__ import annotations
@@ -228,6 +229,10 @@ class IncreloraDelta(LowRankDelta):
 
     def count(self) -> int:
         return self.capacity * (self.in_ + self.out + 1)
+
+    def spare(self) -> int:
+        unused = 0 if self.config.is_stored else max(0, self.capacity - self.config.target_rank)
+        return unused * (self.in_ + self.out + 1)
 
     def controller_class(self) -> type[Controller]:
         return IncreloraController

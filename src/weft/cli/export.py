@@ -23,7 +23,7 @@ def command(
     adapter: Annotated[Path, typer.Argument(help="Folder of the saved adapter.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],
     to: Annotated[Form, typer.Option(help="lora: PEFT's and vLLM's own form; merged: a whole model; adapter: itself.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="The LoRA's rank; by default the least exact one.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The LoRA's rank; by default the lowest exact one.")] = None,
     compact: Annotated[bool, typer.Option("--compact", help="Keep each module's own rank (not for vLLM).")] = False,
     model: Annotated[str | None, typer.Option(help="Base model; by default the one it was trained on.")] = None,
 ) -> None:

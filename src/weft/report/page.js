@@ -149,6 +149,13 @@
     return d3.range(Math.floor(Math.log10(low)), Math.ceil(Math.log10(high)) + 1)
       .flatMap((e) => steps.map((s) => s * 10 ** e)).filter((t) => t >= low && t <= high);
   }
+  // ticks of a log axis on which `most` labels have room: powers of ten, evenly thinned where even those are too many
+  function labelled(domain, most) {
+    const all = ticks(domain, true);
+    if (all.length <= most) return all;
+    const powers = all.filter((t) => Math.abs(Math.log10(t) - Math.round(Math.log10(t))) < 1e-9);
+    return powers.length ? powers.filter((_, i) => i % Math.ceil(powers.length / most) === 0) : all.slice(0, most);
+  }
   function pareto(box, width) {
     const cost = COSTS[box.dataset.cost];
     const shown = ranked.filter((m) => m.mean !== null && m[box.dataset.cost] > 0);
@@ -272,6 +279,7 @@
     const domain = padded(d3.extent([scores[0], bound]), 0.12);
     const width = column(room, 9.6, 1.1);
     const extent = d3.extent(shown.flatMap((m) => m.grid.map((g) => g[0])));
+    const span = [extent[0] / 1.6, extent[1] * 1.6];
     return shown.map((m) => {
       const means = d3.sort(d3.rollups(m.grid, (v) => ({ y: d3.mean(v, (g) => g[2]), failed: v.every((g) => g[2] === null) }), (g) => g[0]), ([rate]) => rate)
         .map(([x, d]) => ({ m, x, ...d, beyond: !d.failed && d.y > domain[1] }));
@@ -283,7 +291,7 @@
       figure.append(() => plot({
         width, height: 118, marginLeft: 34, marginRight: 8, marginTop: 10, marginBottom: 22,
         style: { background: "none", color: "var(--ink)", fontSize: "10.5px" },
-        x: { type: "log", domain: [extent[0] / 1.6, extent[1] * 1.6], ticks: ticks(extent[1] / extent[0] > 20 ? [extent[0] / 1.6, extent[1] * 1.6] : extent, true).filter((t) => extent[1] / extent[0] <= 20 || Math.abs(Math.log10(t) % 1) < 1e-9), tickFormat: (t) => t.toExponential(0).replace("e-", "e−").replace("e+", "e"), label: null },
+        x: { type: "log", domain: span, ticks: labelled(span, (width - 42) / 34), tickFormat: (t) => t.toExponential(0).replace("e-", "e−").replace("e+", "e"), label: null },
         y: { domain, ticks: 3, grid: true, label: null, tickFormat: (t) => `${+t.toPrecision(4)}` },
         marks: [
           Plot.line(means.filter((d) => !d.failed), { x: "x", y: "y", stroke: colour(m), strokeWidth: 1.5, clip: true }),

@@ -369,7 +369,7 @@ def _head(model: Any) -> nn.Module:
 
 
 def count_trainable(method: Method, model_skeleton: nn.Module) -> int:
-    """How many parameters the method trains; the model may lie on the meta device and stays as it was."""
+    """`trainable` before attaching; the model may lie on the meta device and stays as it was."""
     from peft import get_peft_model
 
     model = copy.deepcopy(model_skeleton)
@@ -380,9 +380,16 @@ def count_trainable(method: Method, model_skeleton: nn.Module) -> int:
         if isinstance(getattr(config, "init_lora_weights", None), str):
             config.init_lora_weights = True  # initialisations that factorise the weight do not change the count
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    unique = {
-        id(parameter): parameter
+    return trainable(model)
+
+
+def trainable(model: nn.Module) -> int:
+    """How many parameters the model trains, without what an adapter only allocates to grow into."""
+    from weft.adapters._delta import Delta
+
+    trained = sum(
+        parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and ".ranknum." not in name  # AdaLoRA's counters, frozen except on the meta device
-    }
-    return sum(parameter.numel() for parameter in unique.values())
+    )
+    return trained - sum(module.spare() for module in model.modules() if isinstance(module, Delta))

@@ -47,7 +47,7 @@ class TrainResult:
     """What a run gave.
 
     Attributes:
-        trainable: trained parameters, each counted once.
+        trainable: trained parameters, without what is only allocated to grow into.
         steps: optimiser steps taken over the whole run, resumed parts included.
         curve: rows of step, loss (mean since the last row, nats), learning_rate, and eval_loss where evaluated.
         validation: the metrics of `evaluate` at the end.
@@ -114,7 +114,7 @@ def train(
     base.model.to(args.device)
     method = _methods.following(method, {**vars(settings), "total_steps": total_steps(splits, args)})
     model = _methods.attach(method, base.model, _Batches(splits, settings.batch_size, settings.seed, args.device))
-    trainable = _count(model)
+    trainable = _methods.trainable(model)
     checkpoint = checkpoints.newest(output) if resume and output is not None else None
     facts = (checkpoints.facts(checkpoint) if checkpoint else None) or {}
     processes = int(facts.get("processes", args.world_size))
@@ -197,10 +197,6 @@ def total_steps(splits: Splits, args: TrainingArguments) -> int:
         return args.max_steps
     batches = -(-len(splits.train) // (args.per_device_train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps)))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _trim_metrics(path: Path, step: int) -> None:
