@@ -137,6 +137,7 @@ class IncreloraDelta(LowRankDelta):
     that need not wait for the device.
     """
 
+    config: IncreloraConfig
     n: Tensor
     opened: Tensor
     index: Tensor
