@@ -213,6 +213,12 @@ class AdaptedModule(nn.Module, _Adapted):
         weight = self._originals[0] if self._originals is not None else self.original().data
         return self.kind.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
+    def unmerged(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Rows of W (out × in) and of the bias as they were before merging, in the model's dtype."""
+        bias = self.bias_parameter()
+        w, b = self._originals or (self.original().data, None if bias is None else bias.data)
+        return self.kind.matrix(w)[rows], None if b is None else b[rows]
+
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
         if getattr(config, "dropout", 0) and isinstance(self.kind, Embedding):
             raise UsageError(f"{self.module_name} is an Embedding: its input are indices, so dropout must be 0")
@@ -235,6 +241,7 @@ class AdaptedModule(nn.Module, _Adapted):
                 w.device,
                 config.is_stored,
                 _stored_rank(config, name),
+                functools.partial(self.unmerged, rows),  # no closure: a copied model must read its own weight
             )
 
         sizes = (
@@ -304,6 +311,11 @@ class ParamWrapper(nn.Module, _Adapted):
     def to_native(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.transposed else matrix
 
+    def unmerged(self, i: int) -> tuple[Tensor, None]:
+        """W of expert i (out × in) as it was before merging, in the model's dtype."""
+        weight = self._originals[0] if self._originals is not None else self.original().data
+        return self.to_native(weight[i]), None
+
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
         refused = card(self.slug).refuses.get("3-D expert")
         if refused:
@@ -329,6 +341,7 @@ class ParamWrapper(nn.Module, _Adapted):
                 w.device,
                 config.is_stored,
                 _stored_rank(config, name),
+                functools.partial(self.unmerged, i),
             )
 
         return Experts([make(config, site(i)) for i in range(count)])
