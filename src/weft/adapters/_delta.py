@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,9 +141,18 @@ class Delta(nn.Module):
         """y + x·ΔWᵀ (+ Δbias), the form that the layer calls."""
         return y + self(x).to(y.dtype)
 
+    folds_narrow = False  # whether `fold` never rounds W + ΔW, so that it serves narrow weights and autocast as well
+
     def folds(self, x: Tensor) -> bool:
         """Whether W + ΔW, multiplied once, costs less than a separate product; the layer asks where it may fold."""
         return False
+
+    def fold(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """x·(W + ΔW)ᵀ + bias + Δbias, where `folds` said so; W is out × in."""
+        shift = self.bias_delta()
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return self.kind.dense(x, w + self.delta().to(w.dtype), bias)
 
     def _drop(self, x: Tensor) -> Tensor:
         return self.kind.drop(x, self.dropout, self.training) if self.dropout else x
@@ -234,8 +243,18 @@ class Blocks(Several):
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         return y + self(x).to(y.dtype)
 
+    @property
+    def folds_narrow(self) -> bool:
+        return all(d.folds_narrow for d in self.leaves)
+
     def folds(self, x: Tensor) -> bool:
         return all(d.folds(x) for d in self.leaves)
+
+    def fold(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = [d.out for d in self.leaves]
+        biases: Sequence[Tensor | None] = [None] * len(sizes) if bias is None else bias.split(sizes)
+        parts = [d.fold(x, rows, b) for d, rows, b in zip(self.leaves, w.split(sizes), biases)]
+        return torch.cat(parts, dim=self.leaves[0].kind.channel_dim)
 
 
 class Experts(Several):

@@ -254,13 +254,13 @@ class AdaptedModule(nn.Module, _Adapted):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return Blocks([make(config, site(i, slice(a, a + n))) for i, (a, n) in enumerate(zip(starts, sizes))])
 
-    def _may_fold(self) -> bool:
-        base = self.base_layer
+    def _may_fold(self, delta: Delta) -> bool:
+        base, w = self.base_layer, self.original()
+        wide = w.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(w.device.type)
         return (
             type(base) in FOLDABLE
-            and self.original().dtype in (torch.float32, torch.float64)
+            and (wide or delta.folds_narrow)
             and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
-            and not torch.is_autocast_enabled(self.original().device.type)
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -271,14 +271,9 @@ class AdaptedModule(nn.Module, _Adapted):
         if not deltas:
             return self.base_layer(x, *args, **kwargs)
         self._watch(deltas)
-        if len(deltas) == 1 and self._may_fold() and deltas[0].folds(x):
+        if len(deltas) == 1 and self._may_fold(deltas[0]) and deltas[0].folds(x):
             base: Any = self.base_layer
-            delta = deltas[0]
-            w = self.kind.matrix(base.weight) + delta.delta().to(base.weight.dtype)
-            bias, shift = base.bias, delta.bias_delta()
-            if shift is not None:
-                bias = shift if bias is None else bias + shift
-            return self.kind.dense(x, w, bias)
+            return deltas[0].fold(x, self.kind.matrix(base.weight), base.bias)
         y = self.base_layer(x, *args, **kwargs)
         for delta in deltas:
             y = delta.add(y, x)
