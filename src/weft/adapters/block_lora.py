@@ -22,8 +22,8 @@ not divide r, q is rounded up and the last arm is narrower; there are never more
 `partition="input"` is the other reading of the abstract, which leaves the layout open (there is no public code): A is
 cut along its inputs into n pieces of r × in/n that are one, so A·x is A_s applied to the sum of n slices of x, and the
 rank stays r. Where n does not divide in, x counts as followed by zeros. It is multiplied as the r × in matrix that it
-equals: adding slices takes a pass over x of its own, longer than the thin product that it shortens. A_s starts as the
-columns of LoRA's A do, uniform in ±1/√in.
+equals: adding the slices first would save r·in·(1 − 1/n) multiplications a token, and take a pass over x. A_s starts as
+the columns of LoRA's A do, uniform in ±1/√in.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Hydra: a parallel low-rank branch on the layer's input and a sequential one on its output, both linear.
 
-"Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning", 2023, arXiv 2309.06922.
+Sanghyeon Kim, Hyunmo Yang, Younghyun Kim, Youngjoon Hong and Eunbyung Park, "Hydra: Multi-head Low-rank Adaptation for
+Parameter Efficient Fine-tuning", 2023, arXiv 2309.06922.
 
     y = x·Wᵀ + b + s·(x·A_pᵀ + a_p)·B_pᵀ + s·(h₀·A_sᵀ + a_s)·B_sᵀ + s·c
         parallel      A_p: r_p × in,  B_p: out × r_p
