@@ -27,9 +27,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.adapters._config import AdapterConfig
-from weft.adapters._core import CoreDelta, on_meta
 from weft.adapters._delta import Group, Site
-from weft.algebra.random import checksum, generator
+from weft.adapters._derived import DerivedDelta
+from weft.algebra.random import generator
 from weft.algebra.svd import svd_sketch, svd_top
 from weft.errors import UsageError
 from weft.registry import Card
@@ -76,7 +76,7 @@ class SvfitConfig(AdapterConfig):
             raise UsageError("svd='sketch' finds a given number of singular values: set r")
 
 
-class SvfitDelta(CoreDelta):
+class SvfitDelta(DerivedDelta):
     """ΔW = B·diag(σ − S)·A."""
 
     config: SvfitConfig
@@ -94,16 +94,10 @@ class SvfitDelta(CoreDelta):
         r = site.rank if site.rank is not None else config.r
         if r is not None:
             site.check_rank(r)
-        if on_meta(site) or (site.stored and config.store_factors):
+        w = self.weight_to_factorise(config, site)
+        if w is None:
             r = r or min(site.out, site.in_)
             return site.empty(site.out, r), site.empty(r), site.empty(r, site.in_)
-        w = site.weight()
-        self.weight_checksum = "" if config.store_factors else checksum(w.float())
-        if site.stored and config.checksums.get(site.name) != self.weight_checksum:
-            raise UsageError(
-                f"the adapter holds only singular values, and {site.name} is not the weight they were trained on: load "
-                "it on the same base model in the same dtype"
-            )
         if config.svd == "sketch" and r is not None:
             return svd_sketch(w, r, oversample=8, power=2, generator=generator("svfit", site.name))
         return svd_top(w, r, energy=config.energy)
@@ -113,9 +107,6 @@ class SvfitDelta(CoreDelta):
 
     def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
         return tensors, self.r if self.config.r is None else None
-
-    def checksums(self) -> dict[str, str]:
-        return {} if self.config.store_factors else {self.name: self.weight_checksum}
 
     def count(self) -> int:
         return self.r
