@@ -91,7 +91,7 @@ class _Adapted(BaseTunerLayer):
         """Raise where a tensor never came: transformers' own `load_adapter` only warns of it. Asked once."""
         for name, t in self.deltas[adapter].state_dict(keep_vars=True).items():
             untouched = (id(t), t._version) == self._awaited[adapter].get(name)
-            if t.isnan().any() if t.is_floating_point() else untouched:
+            if t.isnan().any() if t.is_floating_point() and t.numel() else untouched:
                 raise UsageError(f"the adapter's file misses {self.module_name}.{name}, or holds no number there")
         del self._awaited[adapter]
 
