@@ -49,7 +49,11 @@ def options(slug: str, short: bool = False, **given: Any) -> dict[str, Any]:
 
 def served(slug: str, model: nn.Module) -> dict[str, Any]:
     """What the card needs, by name; batches are drawn, other needs are not known to these tests."""
-    return {need: {"batches": [specimens.batch(90), specimens.batch(91)]}[need] for need in weft.card(slug).needs}
+    known = {
+        "batches": [specimens.batch(90), specimens.batch(91)],
+        "held_out": [specimens.batch(92), specimens.batch(93), specimens.batch(94)],
+    }
+    return {need: known[need] for need in weft.card(slug).needs}
 
 
 def configure(slug: str, model: nn.Module, cell: specimens.Cell, short: bool = False, **given: Any) -> AdapterConfig:

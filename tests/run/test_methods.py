@@ -32,14 +32,11 @@ def test_the_count_without_weights_is_the_count_with(name, skeleton, llama):
     assert {key: (value.shape, value.device) for key, value in skeleton.state_dict().items()} == before
 
     model = load_base(str(llama), "causal-lm").model
-    if "batches" in (registry.card(name).needs if not name.startswith("peft:") else ()):
-        import torch
+    import torch
 
-        ids = torch.arange(3, 19)[None]
-        batches = [{"input_ids": ids, "labels": ids}]
-    else:
-        batches = None
-    attached = methods.attach(method, model, batches)
+    ids = torch.arange(3, 19)[None]
+    served = {need: [{"input_ids": ids, "labels": ids}] for need in methods.needs(method)}
+    attached = methods.attach(method, model, **served)
     assert counted == methods.trainable(attached) > 0
     adapted = {
         n.removeprefix("base_model.model.") for n, m in attached.named_modules() if isinstance(m, BaseTunerLayer)

@@ -1,5 +1,6 @@
 """Training: it learns, it counts, it repeats itself."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from weft.errors import UsageError, WeftError
 from weft.run import data, methods
 from weft.run.models import load_base
 from weft.run.settings import TrainSettings
-from weft.run.train import total_steps, train, training_arguments
+from weft.run.train import hold_out, total_steps, train, training_arguments
 
 
 def run(model, corpus, method="peft:lora", options=None, output=None, task="causal-lm", **settings):
@@ -170,3 +171,24 @@ def test_a_gradient_that_is_no_number_stops_too(llama, corpus, tmp_path):
             run(llama, corpus, output=tmp_path, save_steps=1)
     finally:
         module.StepTrainer = original
+
+
+def test_rows_that_are_held_out_are_not_trained_on(llama, corpus):
+    tokenizer = load_base(str(llama), "causal-lm", weights=False).tokenizer
+    splits = data.load_splits(str(corpus), "causal-lm", tokenizer, max_length=32)
+    rest, held_out = hold_out(splits, methods.resolve("diffora"), seed=3)
+    whole, parts = list(splits.train["input_ids"]), [*rest.train["input_ids"], *held_out["input_ids"]]
+    assert len(held_out) == len(whole) // 10 > 0 and sorted(parts) == sorted(whole)
+    assert rest.validation is splits.validation
+    again = hold_out(splits, methods.resolve("diffora"), seed=3)[1]
+    assert list(again["input_ids"]) == list(held_out["input_ids"])
+    assert hold_out(splits, methods.resolve("sora"), seed=3) == (splits, [])
+    few = dataclasses.replace(splits, train=splits.train.select(range(9)))
+    with pytest.raises(UsageError, match="diffora holds one in 10 training rows out of training, and there are 9"):
+        hold_out(few, methods.resolve("diffora"), seed=3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_method_that_learns_on_held_out_rows_runs(llama, corpus, recompute):
+    result = run(llama, corpus, "diffora", {"r": 4, "search_steps": 4}, gradient_checkpointing=recompute)
+    assert sorted(result.ranks.values()) == [0] * 6 + [4] * 8  # four of each layer's seven modules are chosen

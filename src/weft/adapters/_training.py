@@ -24,7 +24,8 @@ def prepare(model: nn.Module, config: AdapterConfig, **served: Any) -> AdapterCo
     Args:
         model: the base model, not yet adapted.
         config: the method's config.
-        served: what the card's `needs` name: `batches`, an iterable of model inputs with labels, …
+        served: what the card's `needs` name: `batches`, an iterable of model inputs with labels; `held_out`, the same
+            of rows that training does not see; …
 
     A method without needs returns at once. Raises UsageError where a need is not served. Nothing is needed to reload.
     """

@@ -315,11 +315,23 @@ def matched_modules(method: Method, model: nn.Module) -> list[str]:
     ]
 
 
-def attach(method: Method, model: nn.Module, batches: Iterable[dict[str, Any]] | None = None) -> nn.Module:
+def needs(method: Method) -> tuple[str, ...]:
+    """What the method must be given before it attaches, by the names that `weft.prepare` takes."""
+    own = method.config is not None and not method.name.startswith("peft:")
+    return registry.card(method.name).needs if own else ()
+
+
+def attach(
+    method: Method,
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]] | None = None,
+    held_out: Iterable[dict[str, Any]] | None = None,
+) -> nn.Module:
     """The model with the method on it, ready to train; the given model is changed in place.
 
     Args:
         batches: training batches on the model's device, for methods whose card says that they need some.
+        held_out: batches of rows that training does not see, likewise.
     """
     import weft
 
@@ -335,8 +347,8 @@ def attach(method: Method, model: nn.Module, batches: Iterable[dict[str, Any]] |
     config = config_for(method, model)
     try:
         if not method.name.startswith("peft:"):
-            needs = registry.card(method.name).needs
-            weft.prepare(model, config, **({"batches": batches} if "batches" in needs else {}))
+            served = {"batches": batches, "held_out": held_out}
+            weft.prepare(model, config, **{need: served[need] for need in needs(method) if need in served})
         return get_peft_model(model, config)
     except WeftError:
         raise

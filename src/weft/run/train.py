@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,22 +69,48 @@ class TrainResult:
 # Rows that a method which looks at gradients before it attaches gets to see; LoRA-SB's authors use 50 to 170.
 _PREPARING_ROWS = 64
 
+# Rows that a method which learns on held-out rows gets instead of training on them: one in ten, up to so many.
+_HELD_OUT_ONE_IN, _HELD_OUT_ROWS = 10, 256
+
 
 class _Batches:
-    """The first training batches in a seeded order, as often as they are asked for, on one device."""
+    """The first of some rows in a seeded order, in batches, as often as they are asked for, on one device."""
 
-    def __init__(self, splits: Splits, batch_size: int, seed: int, device: torch.device) -> None:
-        self.splits, self.batch_size, self.seed, self.device = splits, batch_size, seed, device
+    def __init__(self, rows: Any, most: int, splits: Splits, settings: TrainSettings, device: torch.device) -> None:
+        self.rows, self.count, self.pad_token_id = rows, min(most, len(rows)), splits.pad_token_id
+        self.batch_size, self.seed, self.device = settings.batch_size, settings.seed, device
 
     def __len__(self) -> int:
-        return -(-min(_PREPARING_ROWS, len(self.splits.train)) // self.batch_size)
+        return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        order = torch.randperm(len(self.splits.train), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        for start in range(0, min(_PREPARING_ROWS, len(order)), self.batch_size):
-            rows = [self.splits.train[row] for row in order[start : start + self.batch_size]]
-            batch = collate(rows, self.splits.pad_token_id)
+        order = _order(len(self.rows), self.seed)
+        for start in range(0, self.count, self.batch_size):
+            rows = [self.rows[row] for row in order[start : min(start + self.batch_size, self.count)]]
+            batch = collate(rows, self.pad_token_id)
             yield {name: value.to(self.device) for name, value in batch.items()}
+
+
+def _order(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def hold_out(splits: Splits, method: Method, seed: int) -> tuple[Splits, Any]:
+    """The splits without the training rows that the method wants held out of training, and those rows.
+
+    The validation rows stay what they are to every method: what its learning rate is chosen on.
+    """
+    if "held_out" not in _methods.needs(method):
+        return splits, []
+    count = min(_HELD_OUT_ROWS, len(splits.train) // _HELD_OUT_ONE_IN)
+    if not count:
+        raise UsageError(
+            f"{method.name} holds one in {_HELD_OUT_ONE_IN} training rows out of training, and there are "
+            f"{len(splits.train)}: give more rows"
+        )
+    order = _order(len(splits.train), seed)
+    held_out, rest = sorted(order[:count]), sorted(order[count:])
+    return replace(splits, train=splits.train.select(rest)), splits.train.select(held_out)
 
 
 def train(
@@ -112,8 +138,14 @@ def train(
     output = Path(output) if output is not None else None
     torch.manual_seed(settings.seed)
     base.model.to(args.device)
+    splits, held_out = hold_out(splits, method, settings.seed)
     method = _methods.following(method, {**vars(settings), "total_steps": total_steps(splits, args)})
-    model = _methods.attach(method, base.model, _Batches(splits, settings.batch_size, settings.seed, args.device))
+    model = _methods.attach(
+        method,
+        base.model,
+        batches=_Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device),
+        held_out=_Batches(held_out, _HELD_OUT_ROWS, splits, settings, args.device),
+    )
     trainable = _methods.trainable(model)
     checkpoint = checkpoints.newest(output) if resume and output is not None else None
     facts = (checkpoints.facts(checkpoint) if checkpoint else None) or {}
