@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-TIME_LIMIT = 280  # seconds for both processes and all methods
+TIME_LIMIT = 30 * len(harness.SLUGS)  # seconds for both processes and all methods
 
 
 def run_two_processes(folder: Path) -> None:
