@@ -29,6 +29,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+from weft.adapters._config import AdapterConfig
 from weft.adapters._training import parameter_groups
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
@@ -76,8 +77,8 @@ def attach(build: Any, config: Any, args: argparse.Namespace) -> tuple[nn.Module
         config.target_modules = [str(i) for i in range(LAYERS)]
     else:
         config.target_modules = "all-linear"
-    if not isinstance(config, peft.LoraConfig) and "WEFT" in str(config.peft_type):
-        weft.prepare(model, config, batches=Batches(model, loss))
+    if isinstance(config, AdapterConfig):
+        weft.prepare(model, config, **{need: Batches(model, loss) for need in weft.card(config.slug()).needs})
     model = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, weight_decay=0.0))
 
@@ -214,6 +215,25 @@ def cases(args: argparse.Namespace) -> dict[str, tuple[Any, Any, float, str]]:
             "regenerated bases",
         ),
         "nola": (lambda: weft.NolaConfig(r=R), lora, float("inf"), "PEFT LoRA"),
+        "loca": (
+            lambda: weft.LocaConfig(n_frequency=1000, learn_location_iter=0),
+            lambda: peft.FourierFTConfig(n_frequency=1000),
+            1 / 1.5,
+            "PEFT FourierFT",
+        ),
+        "loca beside LoRA": (lambda: weft.LocaConfig(learn_location_iter=0), lora, 1.1, "PEFT LoRA"),
+        "wara": (
+            lambda: weft.WaraConfig(r=R),
+            lambda: peft.WaveFTConfig(n_frequency=R * d),
+            1 / 1.5,
+            "PEFT WaveFT",
+        ),
+        "wara beside LoRA": (lambda: weft.WaraConfig(r=R), lora, 1.1, "PEFT LoRA"),
+        "diffora search over": (lambda: weft.DifforaConfig(r=R, rho=1.0), lora, 1.3, "PEFT LoRA"),
+        **{
+            slug: (lambda s=slug: weft.config_class(s)(), lora, 1.3, "PEFT LoRA")
+            for slug in ("bayesian_lora", "block_lora", "hydra", "loldu", "salt", "snella", "tlora")
+        },
     }
 
 
