@@ -103,7 +103,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         tenth = max(1, state.max_steps // 10)
-        self.eval_steps = tenth if self.settings.eval_steps is None else self.settings.eval_steps
+        self.eval_steps = max(tenth, self._worth()) if self.settings.eval_steps is None else self.settings.eval_steps
         self.save_steps = tenth if self.settings.save_steps is None else self.settings.save_steps
         if self.progress:
             self.progress.start(state.global_step, state.max_steps)
@@ -143,6 +143,11 @@ class Watch(TrainerCallback):
             self._save(self.output, step)
 
     # --- what they do ---
+
+    def _worth(self) -> int:
+        """Steps that go through as many rows as one evaluation."""
+        s, args = self.settings, self.trainer.args
+        return -(-len(self.splits.validation) // (s.batch_size * s.gradient_accumulation * args.world_size))
 
     def _not_a_number(self, step: int, what: str, value: float) -> str:
         kept = checkpoints.newest(self.output) if self.output else None

@@ -36,7 +36,9 @@ class TrainSettings:
     seed: int = _setting(0, "draws the adapter's start, the order of rows and dropout")
     bf16: bool = _setting(False, "compute in bfloat16; an adapter's base weights are kept in it too")
     max_length: int = _setting(512, "tokens a row at most")
-    eval_steps: int | None = _setting(None, "steps between evaluations, 0 for none; none takes a tenth of the run")
+    eval_steps: int | None = _setting(
+        None, "steps between evaluations, 0 for none; none takes a tenth of the run, and no fewer than one is worth"
+    )
     save_steps: int | None = _setting(None, "steps between checkpoints, 0 for none; none takes a tenth of the run")
     logging_steps: int = _setting(10, "steps between rows of metrics.jsonl")
     eval_batch_size: int | None = _setting(None, "rows a batch of evaluation; none takes batch_size")
