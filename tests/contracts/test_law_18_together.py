@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import harness
 import pytest
 import specimens
@@ -123,3 +125,12 @@ def test_counts_equal_the_formula(slug, cell):
             )
             bare = get_peft_model(skeleton, config)
             assert sum(p.numel() for p in bare.parameters() if p.requires_grad) == numbers
+
+
+@pytest.mark.parametrize("cell", [specimens.SMALL, specimens.BY_NAME["3-D expert"]], ids=lambda c: c.name)
+def test_a_whole_model_can_be_pickled_by_its_owner(slug, cell):
+    """As torch.save does with a module, though weft's own files hold no pickle."""
+    if cell.kind in weft.card(slug).refuses:
+        return
+    model = harness.randomise(harness.attach(slug, cell))
+    assert torch.equal(harness.outputs(pickle.loads(pickle.dumps(model))), harness.outputs(model))

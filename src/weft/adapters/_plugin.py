@@ -576,21 +576,15 @@ def _make_classes(slug: str) -> type[AdapterModel]:
     # transformers' load_adapter finds tensors only under an attribute that starts with the registered prefix
     shared = {"slug": slug, "adapter_layer_names": (f"{prefix}delta",), "__module__": __name__}
     layer = type(class_name(slug, "Layer"), (AdaptedModule,), shared)
-    wrapper = type("ParamWrapper", (ParamWrapper,), shared)
+    wrapper = type("ParamWrapper", (ParamWrapper,), {**shared, "__qualname__": class_name(slug, "ParamWrapper")})
     # "all-linear" finds layers that are adapted already by this word in their class's name
     linear = type(class_name(slug, "Linear"), (layer,), {"__module__": __name__})
-    globals().update(
-        {cls.__name__: cls for cls in (layer, linear)}
-    )  # so that a whole model can be pickled by its owner
-    members = {
-        "slug": slug,
-        "prefix": prefix,
-        "tuner_layer_cls": _Adapted,
-        "layer_cls": layer,
-        "linear_cls": linear,
-        "wrapper_cls": wrapper,
-    }
-    return type(class_name(slug, "Model"), (AdapterModel,), {**members, "__module__": __name__})
+    classes = {"tuner_layer_cls": _Adapted, "layer_cls": layer, "linear_cls": linear, "wrapper_cls": wrapper}
+    members = {"slug": slug, "prefix": prefix, "__module__": __name__, **classes}
+    model = type(class_name(slug, "Model"), (AdapterModel,), members)
+    # so that a whole model can be pickled by its owner
+    globals().update({cls.__qualname__: cls for cls in (layer, linear, wrapper, model)})
+    return model
 
 
 @functools.cache
