@@ -39,6 +39,7 @@ def test_what_a_method_page_says_attaches_it(slug):
     known = {
         "model": AutoModelForCausalLM.from_pretrained(model_path("pycode")),
         "batches": [{"input_ids": ids, "labels": ids}],
+        "held_out": [{"input_ids": ids, "labels": ids}],
     }
     exec(code, known)
     adapted = [name for name, _ in known["model"].named_modules() if name.endswith(f"weft_{slug}_delta")]

@@ -15,6 +15,7 @@ def skeleton(llama):
 
 
 SMALL = {  # what a matrix of 16 x 32 needs of methods whose defaults are made for larger ones
+    "loca": {"n_frequency": 16},
     "lora_sb": {"r": 8},
     "randlora": {"r": 8},
     "svfit": {"r": 8},  # by default the singular values decide, which no skeleton has

@@ -96,7 +96,7 @@ class LocaDelta(Delta):
         if config.n_frequency > site.out * site.in_:
             raise UsageError(
                 f"n_frequency={config.n_frequency} is more than {site.name} has numbers: its weight is "
-                f"{site.out} × {site.in_}"
+                f"{site.out} × {site.in_}; use n_frequency ≤ {site.out * site.in_} or leave it out with exclude_modules"
             )
         self.a = nn.Parameter(torch.zeros_like(site.empty(config.n_frequency)))
         self.l = nn.Parameter(torch.rand_like(site.empty(2, config.n_frequency)))
