@@ -7,6 +7,7 @@ what is timed is the loop which users run, data loading and all.
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Iterator
@@ -61,9 +62,13 @@ def measuring() -> Iterator[Measurement]:
         seen.peak_bytes = None if peak is None or before is None else max(0, peak - before)
 
     handle = register_optimizer_step_post_hook(stepped)
+    log = logging.getLogger("weft")
+    level = log.level
+    log.setLevel(logging.ERROR)  # the steps are few on purpose, whatever a method says of short runs
     try:
         yield seen
     finally:
+        log.setLevel(level)
         handle.remove()
 
 
