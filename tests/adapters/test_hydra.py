@@ -188,7 +188,7 @@ def test_query_key_and_value_are_not_mixed() -> None:
     assert found[0] == 0 and found[1] > 0
 
 
-@pytest.mark.parametrize("options", [{}, BOTH])
+@pytest.mark.parametrize("options", [{"base_bias": False}, BOTH], ids=["without biases", "with"])
 def test_on_a_convolution_the_sequential_branch_sees_the_output_channels(options: dict) -> None:
     torch.manual_seed(2)
     layer = nn.Conv2d(3, 5, (3, 2), stride=2, padding=1)
@@ -196,7 +196,7 @@ def test_on_a_convolution_the_sequential_branch_sees_the_output_channels(options
     model, d = attach(layer, r=2, scale=0.5, **options)
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
     h0 = base(x)
-    seen = h0 if options else h0 - base.bias.view(-1, 1, 1)
+    seen = h0 if d.config.base_bias else h0 - base.bias.view(-1, 1, 1)
     a_p, a_s = (torch.zeros(2, dtype=x.dtype),) * 2 if d.a is None else d.a.split(2)
     hidden = torch.einsum("rc,bchw->brhw", d.A_s, seen) + a_s.view(-1, 1, 1)
     parallel = nn.functional.conv2d(x, d.A_p.view(2, 3, 3, 2), a_p, stride=2, padding=1)
@@ -230,12 +230,39 @@ def test_no_wider_copy_of_the_weight_waits_for_the_backward_pass() -> None:
     y.sum().backward()
 
 
-def test_a_moved_bias_is_no_lora(tmp_path) -> None:
-    net = peft.get_peft_model(nn.ModuleDict({"fc": linear(7, 6)}), HydraConfig(target_modules=["fc"], base_bias=True))
-    with pytest.raises(weft.UsageError, match="hydra moves the bias of fc.*merged"):
-        weft.export(net, tmp_path / "out", to="lora")
-    model = peft.get_peft_model(llama(), HydraConfig(base_bias=True))  # which has no biases
-    assert "a plain LoRA of 14 modules" in weft.export(model, tmp_path / "llama", to="lora")
+def test_a_moved_bias_leaves_with_the_lora(tmp_path) -> None:
+    """One module with a bias and one without: PEFT's LoRA then has a bias in both."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"fc": nn.Linear(7, 6), "out": nn.Linear(6, 5, bias=False)})
+
+    model = peft.get_peft_model(net(), HydraConfig(target_modules=["fc", "out"], r=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    report = weft.export(model, tmp_path / "out", to="lora")
+    assert "a plain LoRA of 2 modules" in report and "with biases (lora_bias)" in report
+    lora = peft.PeftModel.from_pretrained(net(), tmp_path / "out")
+    x = torch.randn(4, 7)
+
+    def through(m: peft.PeftModel) -> Tensor:
+        inner = m.base_model.model
+        return inner["out"](torch.tanh(inner["fc"](x)))
+
+    assert torch.allclose(through(lora), through(model), atol=1e-4)
+    assert type(lora.base_model.model["fc"]).__module__.startswith("peft.")
+    llama_model = peft.get_peft_model(llama(), HydraConfig())  # which has no biases
+    report = weft.export(llama_model, tmp_path / "llama", to="lora")
+    assert "a plain LoRA of 14 modules" in report and "lora_bias" not in report
+
+
+def test_a_bias_beside_an_embedding_is_no_lora(tmp_path) -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 7), "fc": nn.Linear(7, 6)})
+    model = peft.get_peft_model(net, HydraConfig(target_modules=["embed", "fc"], r=2))
+    with pytest.raises(weft.UsageError, match="hydra moves the bias of fc, and a LoRA that holds embed too cannot"):
+        weft.export(model, tmp_path / "out", to="lora")
 
 
 def test_an_embedding_has_no_place_for_a_bias() -> None:

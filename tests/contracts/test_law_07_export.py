@@ -100,8 +100,9 @@ def test_the_default_form_is_what_vllm_reads(slug, exported):
         r = config["r"]
         assert config["lora_alpha"] == r and not config["rank_pattern"] and not config["alpha_pattern"]
         assert isinstance(config["target_modules"], list)
+        assert config["lora_bias"] == any(key.endswith("lora_B.bias") for key in tensors)
         for key, t in tensors.items():
-            if "expert" not in name:
+            if "expert" not in name and not key.endswith("lora_B.bias"):
                 axis = 0 if "lora_A" in key or "embedding_A" in key else 1
                 assert t.shape[axis] == r, key
 

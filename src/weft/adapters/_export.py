@@ -166,20 +166,24 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
         raise UsageError(f"{method.slug} has no plain LoRA form: {method.reasons.get('exports', method.limitations)}")
     layers = _layers(model, adapter)
     found: dict[str, list[Factors]] = {}
+    shifts: dict[str, Tensor] = {}
     worst = 0.0
     for name, layer in layers.items():
         kind = getattr(layer, "kind", None)
         if isinstance(kind, Conv) and (odd := _unlike_peft(kind)):
             raise UsageError(f"{name} is a {odd}, which PEFT's LoRA does not repeat: export to merged")
-        if any(d.bias_delta() is not None for d in leaves(layer.deltas[adapter])):
-            raise UsageError(f"{method.slug} moves the bias of {name}, which a LoRA cannot hold: export to merged")
+        shift = layer.entry(adapter).bias_delta()
+        if shift is not None:
+            shifts[name] = shift.float()
         pairs = _module_factors(layer, adapter, rank)
         worst = max(worst, _relative_error(layer, adapter, pairs))
-        if any(b.shape[1] for b, _ in pairs):
+        if shift is not None or any(b.shape[1] for b, _ in pairs):
             found[name] = pairs
     if not found:
         raise UsageError("every module has rank 0, so there is nothing to export; the base model is the result")
-    ranks = {name: max(b.shape[1] for b, _ in pairs) for name, pairs in found.items()}
+    if shifts:
+        _check_biases(method.slug, {name: layers[name] for name in found}, adapter)
+    ranks = {name: max(1, *(b.shape[1] for b, _ in pairs)) for name, pairs in found.items()}
     r = max(ranks.values())
     tensors: dict[str, Tensor] = {}
     for name, pairs in found.items():
@@ -189,6 +193,8 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
             f"base_model.model.{_expert_path(name, layer, layers, found) if isinstance(layer, ParamWrapper) else name}"
         )
         tensors.update(_lora_tensors(root, layer, [_padded(p, width) for p in pairs]))
+        if shifts:  # PEFT then expects one of every module
+            tensors[f"{root}.lora_B.bias"] = shifts.get(name, pairs[0][0].new_zeros(len(pairs[0][0])))
     marker = f"weft_{method.slug}_delta"
     tensors.update(
         {
@@ -197,12 +203,23 @@ def _write_lora(model: PeftModel, folder: Path, rank: int | None, compact: bool)
             if marker not in k
         }
     )
-    _save_lora_config(folder, config, found, model, ranks if compact else {}, r)
+    _save_lora_config(folder, config, found, model, ranks if compact else {}, r, bool(shifts))
     save_file(
         {k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
     )
     form = f"ranks {min(ranks.values())}..{r} in rank_pattern" if compact else f"r = lora_alpha = {r}"
-    return f"a plain LoRA of {len(found)} modules, {form}; largest relative error of a ΔW: {worst:.1e}"
+    biased = "; with biases (lora_bias), which PEFT reads and vLLM does not" if shifts else ""
+    return f"a plain LoRA of {len(found)} modules, {form}; largest relative error of a ΔW: {worst:.1e}{biased}"
+
+
+def _check_biases(slug: str, layers: dict[str, _Adapted], adapter: str) -> None:
+    """Raise UsageError where PEFT's LoRA has no place for a bias, in any module: it has them in all or in none."""
+    for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper) or isinstance(layer.kind, Embedding):  # type: ignore[attr-defined]
+            moved = next(n for n, other in layers.items() if other.moves_bias(adapter))
+            raise UsageError(
+                f"{slug} moves the bias of {moved}, and a LoRA that holds {name} too cannot: export to merged"
+            )
 
 
 def _padded(pair: Factors, r: int) -> Factors:
@@ -250,7 +267,13 @@ def _lora_tensors(root: str, layer: _Adapted, pairs: list[Factors]) -> dict[str,
 
 
 def _save_lora_config(
-    folder: Path, config: AdapterConfig, found: dict[str, Any], model: PeftModel, ranks: dict[str, int], r: int
+    folder: Path,
+    config: AdapterConfig,
+    found: dict[str, Any],
+    model: PeftModel,
+    ranks: dict[str, int],
+    r: int,
+    lora_bias: bool,
 ) -> None:
     wrapped = {n for n, m in _layers(model, model.active_adapters[0]).items() if isinstance(m, ParamWrapper)}
     lora = LoraConfig(
@@ -260,6 +283,7 @@ def _save_lora_config(
         target_parameters=sorted(set(found) & wrapped) or None,
         rank_pattern=ranks,
         alpha_pattern=ranks,
+        lora_bias=lora_bias,
         task_type=config.task_type,
         modules_to_save=config.modules_to_save,
         base_model_name_or_path=config.base_model_name_or_path,

@@ -5,7 +5,7 @@ Parameter Efficient Fine-tuning", 2023, arXiv 2309.06922.
 
     y = x·Wᵀ + b + s·(x·A_pᵀ + a_p)·B_pᵀ + s·(h₀·A_sᵀ + a_s)·B_sᵀ + s·c
         parallel      A_p: r_p × in,  B_p: out × r_p
-        sequential    A_s: r_s × out, B_s: out × r_s      h₀ = x·Wᵀ, or x·Wᵀ + b with base_bias
+        sequential    A_s: r_s × out, B_s: out × r_s      h₀ = x·Wᵀ + b, or x·Wᵀ without base_bias
         a_p: r_p,  a_s: r_s,  c: out                      only with branch_bias
 
     ΔW = s·[B_p B_s]·[A_p ; A_s·W]                        of rank up to r_p + r_s
@@ -14,10 +14,10 @@ Parameter Efficient Fine-tuning", 2023, arXiv 2309.06922.
 The up-projections and the biases are zero, so ΔW = 0 at the start. W and b are the original ones, whatever else is
 active or merged. Dropout acts between the down- and the up-projections.
 
-The authors' h₀ has the bias; in a model without biases there is no difference. It is left out by default, because then
-ΔW is all that moves: it merges anywhere and is a plain LoRA. With `base_bias=True` the bias moves by s·B_s·A_s·b, which
-many re-implementations forget; merging is exact, but no LoRA holds it. The same goes for `branch_bias=True`, which also
-needs a bias in the module to merge. Both branches' output biases enter as their sum: one c is trained in place of two.
+The bias that is part of h₀ moves by s·B_s·A_s·b, which many re-implementations forget; in a model without biases there
+is no such term. Merging is exact, and the exported LoRA has biases (PEFT's lora_bias, which vLLM does not read);
+`base_bias=False` keeps the bias out of the branch, so that ΔW is all that moves. `branch_bias=True` needs a bias in the
+module to merge. Both branches' output biases enter as their sum: one c is trained in place of two.
 
 The sequential branch is computed as x·(A_s·W)ᵀ, with A_s·W made anew in every forward, and not from the layer's result:
 that holds other adapters already, and h₀ (tokens × out) would be kept for the backward pass. Multiplications of a
@@ -61,8 +61,8 @@ CARD = Card(
     summary="a low-rank branch on the layer's input and another on its output, which re-mixes pre-trained features",
     recipe={"learning_rate": 8e-4, "weight_decay": 0.2, "warmup_ratio": 0.06},
     limitations=(
-        "Every forward multiplies A_s by W: merge before generating token by token. base_bias and branch_bias move "
-        "biases, which a LoRA cannot hold."
+        "Every forward multiplies A_s by W: merge before generating token by token. Where a module has a bias it moves "
+        "too, and the exported LoRA needs PEFT's lora_bias: for vLLM merge, or train with base_bias=False."
     ),
 )
 
@@ -76,7 +76,7 @@ class HydraConfig(AdapterConfig):
     r_s: int | None = field(default=None, metadata={"help": "rank of the sequential branch, where not r; 0: none"})
     scale: float = field(default=1.0, metadata={"help": "s, the factor of both branches"})
     base_bias: bool = field(
-        default=False, metadata={"help": "let the module's bias pass through the sequential branch, as the authors do"}
+        default=True, metadata={"help": "let the module's bias pass through the sequential branch, as it is in h₀"}
     )
     branch_bias: bool = field(default=False, metadata={"help": "train biases in the branches"})
     dropout: float = field(default=0.0, metadata={"help": "dropout between down- and up-projections"})
