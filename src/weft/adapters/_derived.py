@@ -13,11 +13,14 @@ from weft.errors import UsageError
 
 
 class DerivedDelta(CoreDelta):
-    """A core between factors of W. The config has `store_factors`: whether a file brings them or W is factorised anew.
+    """A core between factors of W. The config has `store_factors`: whether a file brings them or W is factorised anew,
+    and `r`: None where W decides, so that a file must say what `self.r` was.
 
     Another machine or number of threads may find other factors of one weight, so they are stored unless told otherwise.
     """
 
+    config: Any
+    r: int
     weight_checksum = ""
 
     def weight_to_factorise(self, config: Any, site: Site) -> Tensor | None:
@@ -38,3 +41,6 @@ class DerivedDelta(CoreDelta):
 
     def checksums(self) -> dict[str, str]:
         return {self.name: self.weight_checksum} if self.weight_checksum else {}
+
+    def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
+        return tensors, self.r if self.config.r is None else None

@@ -105,7 +105,7 @@ class LocaDelta(Delta):
 
     def cells(self) -> Tensor:
         """2 × k: rᵢ and cᵢ."""
-        return (self.l.detach().nan_to_num(0.0).clamp(0, TOP) * self._last()).round().long()
+        return self._place().detach().nan_to_num(0.0).round().long()
 
     def _last(self) -> Tensor:
         """2 × 1: the last row and column."""

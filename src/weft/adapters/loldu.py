@@ -92,9 +92,6 @@ class LolduDelta(DerivedDelta):
     def core(self) -> Tensor:
         return self.scale * (self.z - self.D)
 
-    def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-        return tensors, self.r if self.config.r is None else None
-
     def count(self) -> int:
         return self.r
 

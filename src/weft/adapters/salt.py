@@ -184,9 +184,6 @@ class SaltDelta(DerivedDelta):
         moved = self.a * self.S[: self.r] + self.b - self.S[: self.r]
         return self.config.reg_multiplier * (torch.linalg.vector_norm(moved) + product_norm(self.X, self.Y))
 
-    def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-        return tensors, self.r if self.config.r is None else None
-
     def count(self) -> int:
         return 2 * self.r + 2 * self.rank * self.rest
 

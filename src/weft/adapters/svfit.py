@@ -105,9 +105,6 @@ class SvfitDelta(DerivedDelta):
     def core(self) -> Tensor:
         return self.sigma - self.S
 
-    def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-        return tensors, self.r if self.config.r is None else None
-
     def count(self) -> int:
         return self.r
 

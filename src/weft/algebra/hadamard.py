@@ -6,6 +6,9 @@ models such as 11008 = 172·64, 13824 = 108·128, 14336 = 28·512 among them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -29,24 +32,15 @@ def split(n: int) -> tuple[int, int]:
     """
     bits = (n & -n).bit_length() - 1
     odd = n >> bits
-    if odd > 1 and bits >= 2 and _known(4 * odd):
+    if odd > 1 and bits >= 2 and _construction(4 * odd) is not None:
         return 4 * odd, bits - 2
     return odd, bits
 
 
 def matrix(n: int) -> Tensor | None:
     """A Hadamard matrix of order n (float32), not always symmetric; None where none exists or is known here."""
-    if n & (n - 1) == 0:
-        return sylvester(n)
-    if n % 4:
-        return None
-    if n // 4 in _WILLIAMSON:
-        return _williamson(n // 4)
-    if _prime(n - 1):
-        return _paley_one(n - 1)
-    if _prime(n // 2 - 1) and n % 8 == 4:
-        return _paley_two(n // 2 - 1)
-    return None
+    build = _construction(n)
+    return None if build is None else build()
 
 
 def sylvester(n: int) -> Tensor:
@@ -57,8 +51,19 @@ def sylvester(n: int) -> Tensor:
     return h
 
 
-def _known(n: int) -> bool:
-    return n // 4 in _WILLIAMSON or _prime(n - 1) or (n % 8 == 4 and _prime(n // 2 - 1))
+def _construction(n: int) -> Callable[[], Tensor] | None:
+    """What builds a matrix of order n, None where nothing here does."""
+    if n & (n - 1) == 0:
+        return partial(sylvester, n)
+    if n % 4:
+        return None
+    if n // 4 in _WILLIAMSON:
+        return partial(_williamson, n // 4)
+    if _prime(n - 1):
+        return partial(_paley_one, n - 1)
+    if _prime(n // 2 - 1) and n % 8 == 4:
+        return partial(_paley_two, n // 2 - 1)
+    return None
 
 
 def _prime(n: int) -> bool:

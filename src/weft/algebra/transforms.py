@@ -43,11 +43,6 @@ class Transform:
         """x·C (… × n): the rows that have these coefficients."""
         return _Apply.apply(x, self.synthesis, self.analysis)
 
-    def rows(self, index: Tensor, like: Tensor) -> Tensor:
-        """C[index] (k × n): single basis vectors, in the dtype and on the device of `like`."""
-        unit = torch.zeros(len(index), self.n, dtype=like.dtype, device=like.device)
-        return self.inverse(unit.scatter(1, index.long()[:, None], 1.0))
-
 
 class _Apply(torch.autograd.Function):
     """A linear map whose transpose is known: nothing is kept for the backward pass."""
