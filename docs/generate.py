@@ -220,6 +220,9 @@ def attachments(slug: str) -> dict[str, str]:
             found[cell.name] = "yes"
         except weft.UsageError as error:
             found[cell.name] = "no: " + prose(weft.card(slug).refuses.get(cell.kind) or str(error))
+    # needs a quantisation library to be tried; the laws do where there is one
+    refused = weft.card(slug).refuses.get("quantised Linear")
+    found["quantised Linear"] = "no: " + prose(refused) if refused else "yes"
     return found
 
 

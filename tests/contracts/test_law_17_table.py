@@ -93,7 +93,7 @@ def test_an_expert_is_made_dense_once_a_forward(slug, monkeypatch):
         assert len(calls) == len(harness.deltas(model)) and set(calls.values()) == {1}
 
 
-def test_a_quantised_base_is_refused_by_name(slug):
+def test_a_weight_quantised_in_an_unknown_way_is_refused_by_name(slug):
     model = specimens.base(specimens.SMALL)
     config = harness.configure(slug, model, specimens.SMALL)
     model.first.weight = nn.Parameter(model.first.weight.mul(40).to(torch.int8), requires_grad=False)

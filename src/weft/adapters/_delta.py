@@ -154,6 +154,12 @@ class Delta(nn.Module):
             bias = shift if bias is None else bias + shift
         return self.kind.dense(x, w + self.delta().to(w.dtype), bias)
 
+    wraps = False  # whether `wrap` serves a layer whose weight is not at hand (a quantised one) better than `add`
+
+    def wrap(self, x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The adapted layer's result, where the method acts on the layer's input."""
+        raise NotImplementedError(f"{type(self).__name__} wraps and must define wrap()")
+
     def _drop(self, x: Tensor) -> Tensor:
         return self.kind.drop(x, self.dropout, self.training) if self.dropout else x
 

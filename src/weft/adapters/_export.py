@@ -304,9 +304,9 @@ def _write_merged(model: PeftModel, folder: Path, rank: int | None) -> str:
             cost = max(cost, _relative_error(layer, adapter, pairs))
             with torch.no_grad():
                 made = torch.stack([b @ a for b, a in pairs])
-                weight = layer.original()
+                weight, _ = layer.unmerged()
                 moved = layer.to_native(made if isinstance(layer, ParamWrapper) else made[0])
-                weight.data = (weight.data.float() + moved).to(weight.dtype)
+                layer.write((weight.float() + moved).to(weight.dtype), None)
         merged: Any = model.unload()
     else:
         merged = model.merge_and_unload(safe_merge=True)

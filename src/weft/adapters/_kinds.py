@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weft.adapters._quantised import backend_of
 from weft.errors import UsageError
 
 
@@ -66,6 +67,13 @@ class TransposedLinear(Linear):
 
     def native(self, matrix: Tensor) -> Tensor:
         return matrix.mT
+
+
+@dataclass(frozen=True)
+class QuantisedLinear(Linear):
+    """A linear layer whose weight a quantisation library keeps; the matrix is what the library gives back."""
+
+    name = "quantised Linear"
 
 
 @dataclass(frozen=True)
@@ -147,14 +155,14 @@ SUPPORTED = "Linear, Conv1D (transformers), Conv1d, Conv2d, Conv3d, Embedding"
 
 def kind_of(layer: nn.Module, name: str) -> Linear:
     """The kind of a module. Raises UsageError that names what can be adapted."""
+    if backend_of(layer) is not None:
+        return QuantisedLinear()
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
-        raise UsageError(f"{name} is quantised ({weight.dtype}); adapters here serve floating-point weights")
+    foreign = type(weight).__module__.startswith("torchao")
+    if isinstance(weight, Tensor) and (foreign or not weight.is_floating_point() or weight.element_size() == 1):
+        how = type(weight).__name__ if foreign else weight.dtype
+        raise UsageError(f"{name} is quantised ({how}) in a way that PEFT does not serve, so no adapter fits it")
     if isinstance(layer, nn.Linear):
-        if type(weight) not in (nn.Parameter, Tensor) and type(weight).__module__.startswith("torchao"):
-            raise UsageError(
-                f"{name} is quantised ({type(weight).__name__}); adapters here serve floating-point weights"
-            )
         return Linear()
     if isinstance(layer, Conv1D):
         return TransposedLinear()

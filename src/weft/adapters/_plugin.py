@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,24 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from peft.utils import register_peft_method
+from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters import _sketch
 from weft.adapters._config import AdapterConfig, peft_type
 from weft.adapters._delta import Blocks, Delta, Experts, Site, leaves, named_leaves
-from weft.adapters._kinds import Embedding, Linear, TransposedLinear, kind_of, qkv_sizes
+from weft.adapters._kinds import Embedding, Linear, QuantisedLinear, TransposedLinear, kind_of, qkv_sizes
+from weft.adapters._quantised import (
+    backend_of,
+    check_merge,
+    dequantised,
+    is_plain,
+    keeps_dense,
+    requantised,
+    shape_of,
+    times,
+)
 from weft.adapters._targets import check_targets, tied_weights
 from weft.errors import UsageError
 from weft.registry import card, cards, class_name
@@ -32,6 +44,7 @@ class _Adapted(BaseTunerLayer):
 
     slug: str
     base_layer: nn.Module
+    backend: QuantizationBackend | None = None  # PEFT's, where the weight is quantised
     other_param_names = ("controllers",)
     takes_bias = True  # whether the module's result could carry one
 
@@ -40,10 +53,11 @@ class _Adapted(BaseTunerLayer):
         self.module_name = module_name
         self.controllers: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
-        self.merge_error = 0.0
+        self.merge_error = 0.0  # ‖what was written − (W + ΣΔW)‖ / ‖W + ΣΔW‖
+        self.lost_update = 0.0  # the same beside ‖ΣΔW‖
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self._originals: tuple[Tensor, Tensor | None] | None = None  # weight and bias before merging
+        self._originals: tuple[Any, ...] | None = None  # before merging: weight and bias, or a quantised layer whole
         self._awaited: dict[str, dict[str, tuple[int, int]]] = {}  # by adapter: tensors that a file is to provide
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
 
@@ -60,6 +74,24 @@ class _Adapted(BaseTunerLayer):
         """The wrapped parameter."""
         raise NotImplementedError(f"{type(self).__name__} must define original()")
 
+    @property
+    def device(self) -> torch.device:
+        return self.original().device
+
+    def unmerged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (in its own layout, dense) and bias as they were before merging, in the model's dtype."""
+        if self._originals is not None:
+            return self._originals  # type: ignore[return-value]
+        bias = self.bias_parameter()
+        return self.original().data, None if bias is None else bias.data
+
+    def sketch(self) -> list[float]:
+        """A few numbers of the unmerged weight, for a saved adapter to know it by."""
+        return _sketch.sketch(self._sketched(), quantised=self.backend is not None)
+
+    def _sketched(self) -> Tensor:
+        return self.unmerged()[0]
+
     def to_native(self, matrix: Tensor) -> Tensor:
         """ΔW (… out × in) in the parameter's own layout."""
         raise NotImplementedError(f"{type(self).__name__} must define to_native()")
@@ -71,8 +103,9 @@ class _Adapted(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: AdapterConfig, model_config: Any) -> None:
         if self.merged:
             raise UsageError(f"{self.module_name} is merged; call unmerge_adapter() before adding an adapter")
-        if config.base_sketch is not None:
-            _sketch.check(self.module_name, self.original(), config.base_sketch)
+        saved = (config.base_sketch or {}).get(self.module_name)
+        if saved is not None:
+            _sketch.check(self.module_name, self._sketched(), saved, self.backend is not None)
         delta = self.build(config, model_config)
         if config.is_stored:
             _await_tensors(delta)
@@ -131,8 +164,10 @@ class _Adapted(BaseTunerLayer):
     def moves_bias(self, adapter: str) -> bool:
         return adapter in self.deltas and any(d.bias_delta() is not None for d in leaves(self.deltas[adapter]))
 
-    def check_bias(self, adapters: Sequence[str]) -> None:
-        """Raise UsageError where merging would need a bias that the module was built without."""
+    def check_merge(self, adapters: Sequence[str]) -> None:
+        """Raise UsageError where the weight cannot be written, or lacks a bias that an adapter moves."""
+        if self.backend is not None:
+            check_merge(self.get_base_layer(), self.backend, self.module_name)
         if self.bias_parameter() is None and any(map(self.moves_bias, adapters)):
             raise UsageError(f"{self.module_name} has no bias in the model's config, so Δbias cannot be merged into it")
 
@@ -142,11 +177,8 @@ class _Adapted(BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.deltas]
         if not names:
             return
-        self.check_bias(names)
-        weight, bias = self.original(), self.bias_parameter()
-        if self._originals is None:
-            self._originals = (weight.data, None if bias is None else bias.data)
-        w0, b0 = (None if t is None else t.to(weight.device) for t in self._originals)
+        self.check_merge(names)
+        w0, b0 = (None if t is None else t.to(self.device) for t in self.unmerged())
         assert w0 is not None
         wide = torch.promote_types(w0.dtype, torch.float32)
         total, shift = w0.to(wide), None
@@ -158,32 +190,44 @@ class _Adapted(BaseTunerLayer):
         merged = total.to(w0.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging would write NaN or infinity into {self.module_name}; adapter {names} is broken")
-        self.merge_error = float((merged.to(wide) - total).norm() / total.norm().clamp_min(1e-30))
-        weight.data = merged
-        if shift is not None and bias is not None and b0 is not None:
-            bias.data = (b0.to(wide) + shift.to(wide)).to(b0.dtype)
+        bias = None if shift is None or b0 is None else (b0.to(wide) + shift.to(wide)).to(b0.dtype)
+        error = (self.write(merged, bias).to(wide) - total).norm()
+        self.merge_error = float(error / total.norm().clamp_min(1e-30))
+        self.lost_update = float(error / (total - w0).norm().clamp_min(1e-30))
         self.merged_adapters += names
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Put a weight, and a bias where one moved, in place of the unmerged; returns the weight as it now reads."""
+        own = self.bias_parameter()
+        if self._originals is None:
+            self._originals = self.unmerged()
+        self.original().data = weight
+        if bias is not None and own is not None:
+            own.data = bias
+        return weight
 
     def unmerge(self) -> None:
         """Put the original bits back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._originals is not None
-        weight, bias = self.original(), self.bias_parameter()
-        w0, b0 = self._originals
-        weight.data = w0.to(weight.device)
-        if bias is not None and b0 is not None:
-            bias.data = b0.to(bias.device)
+        self._restore()
         self._originals = None
         self.merged_adapters.clear()
+
+    def _restore(self) -> None:
+        weight, bias = self.unmerged()
+        own = self.bias_parameter()
+        self.original().data = weight.to(self.device)
+        if own is not None and bias is not None:
+            own.data = bias.to(own.device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # tensors keep their declared dtype, so only the device follows the weight
-        device = device or self.original().device
+        device = device or self.device
         if adapter_name not in self.deltas or device.type == "meta":
             return
         if not any(p.is_meta for p in self.deltas[adapter_name].parameters()):
@@ -197,27 +241,73 @@ class _Adapted(BaseTunerLayer):
 class AdaptedModule(nn.Module, _Adapted):
     """A Linear, Conv1D, convolution or Embedding with its adapters."""
 
-    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str, requantise: Callable[[], Any] | None = None) -> None:
         super().__init__()
         self.kind = kind_of(base_layer, module_name)
+        self.backend = backend_of(base_layer, requantise)
+        self._keeps_dense: bool | None = None if self.backend is not None else False  # seen in the first training step
         self.takes_bias = not isinstance(self.kind, Embedding)
         self._init_adapted(base_layer, module_name)
 
     def original(self) -> nn.Parameter:
         return self.get_base_layer().weight  # type: ignore[return-value]
 
+    @property
+    def device(self) -> torch.device:
+        if self.backend is None:
+            return super().device
+        layer = self.get_base_layer()
+        return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
     def to_native(self, matrix: Tensor) -> Tensor:
         return self.kind.native(matrix)
 
-    def _matrix(self) -> Tensor:
-        weight = self._originals[0] if self._originals is not None else self.original().data
-        return self.kind.matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    def unmerged(self) -> tuple[Tensor, Tensor | None]:
+        if self.backend is None:
+            return super().unmerged()
+        layer = self._unmerged_layer()
+        return dequantised(layer, self.backend, self.module_name), getattr(layer, "bias", None)
 
-    def unmerged(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Rows of W (out × in) and of the bias as they were before merging, in the model's dtype."""
-        bias = self.bias_parameter()
-        w, b = self._originals or (self.original().data, None if bias is None else bias.data)
+    def _unmerged_layer(self) -> nn.Module:
+        return self.get_base_layer() if self._originals is None else self._originals[0]
+
+    def _sketched(self) -> Tensor:
+        try:
+            return super()._sketched()
+        except UsageError:  # the library gives no dense weight: the shape must do
+            return torch.empty(shape_of(self._unmerged_layer()), device="meta")
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.backend is None:
+            return super().write(weight, bias)
+        if self._originals is None:
+            self._originals = (self.get_base_layer(),)
+        layer: Any = requantised(self._originals[0], self.backend, weight)
+        if bias is not None:
+            layer.bias.data = bias
+        self._replace_base(layer)
+        return dequantised(layer, self.backend, self.module_name)
+
+    def _restore(self) -> None:
+        if self.backend is None:
+            return super()._restore()
+        assert self._originals is not None
+        self._replace_base(self._originals[0])
+
+    def _replace_base(self, layer: nn.Module) -> None:
+        holder: Any = self
+        while hasattr(holder.base_layer, "base_layer"):
+            holder = holder.base_layer
+        holder.base_layer = layer
+
+    def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Rows of the unmerged W (out × in) and of the bias."""
+        w, b = self.unmerged()
         return self.kind.matrix(w)[rows], None if b is None else b[rows]
+
+    def _matrix(self, rows: slice) -> Tensor:
+        w, _ = self._rows(rows)
+        return w.to(torch.promote_types(w.dtype, torch.float32))
 
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
         if getattr(config, "dropout", 0) and isinstance(self.kind, Embedding):
@@ -225,8 +315,7 @@ class AdaptedModule(nn.Module, _Adapted):
         refused = card(self.slug).refuses.get(self.kind.name)
         if refused:
             raise UsageError(f"{self.slug} cannot adapt {self.module_name}, a {self.kind.name}: {refused}")
-        w = self.original()
-        shape = self.kind.matrix(w).shape
+        shape = self.kind.matrix(self.original()).shape if self.backend is None else shape_of(self.get_base_layer())
         make = delta_class(self.slug)
 
         def site(i: int | None, rows: slice) -> Site:
@@ -237,16 +326,16 @@ class AdaptedModule(nn.Module, _Adapted):
                 self.kind,
                 out,
                 shape[1],
-                lambda: self._matrix()[rows],
-                w.device,
+                lambda: self._matrix(rows),
+                self.device,
                 config.is_stored,
                 _stored_rank(config, name),
-                functools.partial(self.unmerged, rows),  # no closure: a copied model must read its own weight
+                functools.partial(self._rows, rows),  # no closure: a copied model must read its own weight
             )
 
         sizes = (
             qkv_sizes(self.module_name, shape[0], model_config)
-            if config.split_qkv and type(self.kind) in (Linear, TransposedLinear)
+            if config.split_qkv and type(self.kind) in (Linear, QuantisedLinear, TransposedLinear)
             else None
         )
         if sizes is None:
@@ -254,14 +343,28 @@ class AdaptedModule(nn.Module, _Adapted):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return Blocks([make(config, site(i, slice(a, a + n))) for i, (a, n) in enumerate(zip(starts, sizes))])
 
+    def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the wrapped module makes of x; no dense copy of a quantised weight is kept for the gradient of x."""
+        trains = self.backend is not None and x.requires_grad and torch.is_grad_enabled()
+        if trains and self._keeps_dense is None and not torch.compiler.is_compiling():
+            self._keeps_dense = keeps_dense(self.get_base_layer(), self.backend, self.module_name)  # type: ignore[arg-type]
+        if not (trains and self._keeps_dense):
+            return self.base_layer(x, *args, **kwargs)
+        layer: Any = self.get_base_layer()
+        y = times(x, lambda: dequantised(layer, self.backend, self.module_name))  # type: ignore[arg-type]
+        return y if layer.bias is None else y + layer.bias
+
+    def _is_bare(self) -> bool:
+        """Whether nothing watches the wrapped module's own input and result."""
+        base: Any = self.base_layer
+        return not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+
     def _may_fold(self, delta: Delta) -> bool:
-        base, w = self.base_layer, self.original()
+        if self.backend is not None or type(self.base_layer) not in FOLDABLE:
+            return False
+        w = self.original()
         wide = w.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(w.device.type)
-        return (
-            type(base) in FOLDABLE
-            and (wide or delta.folds_narrow)
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
-        )
+        return wide or delta.folds_narrow
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._refuse_mixed_batches(kwargs)
@@ -271,10 +374,14 @@ class AdaptedModule(nn.Module, _Adapted):
         if not deltas:
             return self.base_layer(x, *args, **kwargs)
         self._watch(deltas)
-        if len(deltas) == 1 and self._may_fold(deltas[0]) and deltas[0].folds(x):
+        if len(deltas) == 1 and self._is_bare():
             base: Any = self.base_layer
-            return deltas[0].fold(x, self.kind.matrix(base.weight), base.bias)
-        y = self.base_layer(x, *args, **kwargs)
+            delta = deltas[0]
+            if self._may_fold(delta) and delta.folds(x):
+                return delta.fold(x, self.kind.matrix(base.weight), base.bias)
+            if self.backend is not None and delta.wraps:
+                return delta.wrap(x, self._base_result)
+        y = self._base_result(x, *args, **kwargs)
         for delta in deltas:
             y = delta.add(y, x)
         return y
@@ -292,6 +399,8 @@ class ParamWrapper(nn.Module, _Adapted):
         self.takes_bias = False
         self._init_adapted(base_layer, module_name)
         shape = tuple(self.original().shape)
+        if not is_plain(self.original()):
+            raise UsageError(f"{module_name} is quantised; of experts only floating-point weights are served")
         if len(shape) != 3:
             raise UsageError(f"{module_name} has shape {shape}; target_parameters serves experts × a × b")
         # transformers keeps experts × out × in, or experts × in × out where the module says is_transposed
@@ -306,10 +415,13 @@ class ParamWrapper(nn.Module, _Adapted):
     def to_native(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.transposed else matrix
 
-    def unmerged(self, i: int) -> tuple[Tensor, None]:
-        """W of expert i (out × in) as it was before merging, in the model's dtype."""
-        weight = self._originals[0] if self._originals is not None else self.original().data
-        return self.to_native(weight[i]), None
+    def _expert(self, i: int) -> tuple[Tensor, None]:
+        """The unmerged W of expert i (out × in), in the model's dtype."""
+        return self.to_native(self.unmerged()[0][i]), None
+
+    def _matrix(self, i: int) -> Tensor:
+        w, _ = self._expert(i)
+        return w.to(torch.promote_types(w.dtype, torch.float32))
 
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
         refused = card(self.slug).refuses.get("3-D expert")
@@ -321,10 +433,6 @@ class ParamWrapper(nn.Module, _Adapted):
         count, out, in_ = self.to_native(w).shape
         make = delta_class(self.slug)
 
-        def matrix(i: int) -> Tensor:
-            weight = (self._originals[0] if self._originals is not None else self.original().data)[i]
-            return self.to_native(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-
         def site(i: int) -> Site:
             name = f"{self.module_name}#{i}"
             return Site(
@@ -332,11 +440,11 @@ class ParamWrapper(nn.Module, _Adapted):
                 Linear(),
                 out,
                 in_,
-                functools.partial(matrix, i),
+                functools.partial(self._matrix, i),
                 w.device,
                 config.is_stored,
                 _stored_rank(config, name),
-                functools.partial(self.unmerged, i),
+                functools.partial(self._expert, i),
             )
 
         return Experts([make(config, site(i)) for i in range(count)])
@@ -429,8 +537,9 @@ class AdapterModel(BaseTuner):
                     f"{current_key} shares its weight with {others}, so an adapter on one would silently move the "
                     "other: leave it out, or load the model with tie_word_embeddings=False"
                 )
-            make = self.linear_cls if isinstance(target, nn.Linear | Conv1D) else self.layer_cls
-            layer: nn.Module = make(target, current_key)
+            linear = isinstance(target, Conv1D) or hasattr(target, "in_features")
+            requantise = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
+            layer: nn.Module = (self.linear_cls if linear else self.layer_cls)(target, current_key, requantise)
         else:
             layer = self.wrapper_cls(target, current_key, parameter_name)
         layer.train(target.training)
@@ -494,8 +603,7 @@ class AdapterModel(BaseTuner):
         kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         released = config.release = {"rank_pattern": {}, "base_sketch": {}, "checksums": {}}
         for name, layer in cls._layers(model, adapter_name):
-            original = layer._originals[0] if layer._originals is not None else layer.original()
-            released["base_sketch"][layer.module_name] = _sketch.sketch(original)
+            released["base_sketch"][layer.module_name] = layer.sketch()
             root = f"{name}.{cls.prefix}delta.{adapter_name}."
             for i, (prefix, delta) in enumerate(named_leaves(layer.deltas[adapter_name]).items()):
                 own = {k.removeprefix(root + prefix): v for k, v in kept.items() if k.startswith(root + prefix)}
@@ -539,21 +647,21 @@ class AdapterModel(BaseTuner):
             raise UsageError(f"the adapter's file {what}" + (f" (and {more} more)" if more else ""))
         return remapped
 
-    def _check_biases(self, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Before any weight is touched, so that a refusal leaves nothing half merged."""
         for m in self.model.modules():
             if isinstance(m, _Adapted):
-                m.check_bias(adapter_names or m.active_adapters)
+                m.check_merge(adapter_names or m.active_adapters)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_biases(adapter_names)
+        self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
         _log_merge([m for m in self.model.modules() if isinstance(m, _Adapted)])
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         layers = [m for m in self.model.modules() if isinstance(m, _Adapted)]
         if merge:
-            self._check_biases(kwargs.get("adapter_names"))
+            self._check_merge(kwargs.get("adapter_names"))
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
             _log_merge(layers)
@@ -561,10 +669,24 @@ class AdapterModel(BaseTuner):
 
 
 def _log_merge(layers: Sequence[_Adapted]) -> None:
-    errors = [(m.merge_error, m.module_name) for m in layers if m.merged]
-    if errors:
-        worst, name = max(errors)
-        logger.warning("merged %d weights; the largest relative rounding error is %.1e (%s)", len(errors), worst, name)
+    merged = [m for m in layers if m.merged]
+    if merged:
+        worst = max(merged, key=lambda m: m.merge_error)
+        logger.warning(
+            "merged %d weights; the largest relative rounding error is %.1e (%s)",
+            len(merged),
+            worst.merge_error,
+            worst.module_name,
+        )
+    quantised = [m for m in merged if m.backend is not None]
+    if quantised:
+        worst = max(quantised, key=lambda m: m.lost_update)
+        logger.warning(
+            "%d of them were quantised anew, which moved them by up to %.2g of their update's norm (%s)",
+            len(quantised),
+            worst.lost_update,
+            worst.module_name,
+        )
 
 
 def delta_class(slug: str) -> Callable[[Any, Site], Delta]:

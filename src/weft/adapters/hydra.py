@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from weft.adapters._config import AdapterConfig
 from weft.adapters._delta import LowRankDelta, Site
 from weft.adapters._kinds import Conv
+from weft.adapters._quantised import times
 from weft.errors import UsageError
 from weft.registry import Card
 
@@ -106,20 +107,6 @@ INITS = {
 }
 
 
-class Through(torch.autograd.Function):
-    """A·W (r × in) for a frozen W (out × in), which is kept in its own dtype: no wider copy waits for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(w)
-        return a @ w.to(a.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (w,) = ctx.saved_tensors
-        return g @ w.to(g.dtype).mT, None
-
-
 class HydraDelta(LowRankDelta):
     """ΔW = s·[B_p B_s]·[A_p ; A_s·W], and Δbias."""
 
@@ -144,8 +131,7 @@ class HydraDelta(LowRankDelta):
         self.c = nn.Parameter(torch.zeros_like(site.empty(site.out))) if biased else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        w, _ = self.unmerged()
-        a = torch.cat([self.A_p, Through.apply(self.A_s, w)]) if self.r_s else self.A_p
+        a = torch.cat([self.A_p, times(self.A_s, lambda: self.unmerged()[0].mT)]) if self.r_s else self.A_p
         return self.scale * torch.cat([self.B_p, self.B_s], dim=1), a
 
     def hidden_bias(self) -> Tensor | None:

@@ -34,6 +34,7 @@ from weft.adapters._config import AdapterConfig
 from weft.adapters._core import CoreDelta, on_meta
 from weft.adapters._delta import Site, leaves
 from weft.adapters._plugin import AdaptedModule, ParamWrapper
+from weft.adapters._quantised import is_plain
 from weft.algebra.random import generator
 from weft.algebra.svd import svd_sketch, svd_top
 from weft.errors import UsageError, WeftError
@@ -139,21 +140,22 @@ def prepare(model: nn.Module, config: LoraSbConfig, *, batches: Iterable[Any]) -
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = _targets(inner, config)
-    sums = _gradient_sums(model, {name: p for name, (_, p) in layers.items()}, batches)
+    sums = _gradient_sums(model, {name: own for name, (_, own) in layers.items()}, batches)
     config.prepared = {}  # type: ignore[attr-defined]
-    for name, (layer, p) in layers.items():
+    for name, (layer, own) in layers.items():
         total = sums.pop(name, None)
         if total is None:
             raise UsageError(f"no gradient reached {name}: the model's loss does not depend on it; leave it out")
         if not torch.isfinite(total).all():
             raise WeftError(f"the gradient of {name} on the given batches is not finite, so no first step can be taken")
+        device = own.device if isinstance(own, nn.Parameter) else layer.device
         deltas = leaves(layer.deltas[_NAME])
         if isinstance(layer, ParamWrapper):
             matrices = layer.to_native(total).unbind()
         else:
             matrices = layer.kind.matrix(total).split([d.out for d in deltas])
         for delta, g in zip(deltas, matrices, strict=True):
-            found = first_step(g.to(p.device), config.step_size(), config.r, config.svd)
+            found = first_step(g.to(device), config.step_size(), config.r, config.svd)
             config.prepared[delta.name] = found  # type: ignore[attr-defined]
 
 
@@ -170,34 +172,59 @@ def first_step(g: Tensor, eta: float, r: int, svd: str = "exact") -> tuple[Tenso
 _NAME = "prepare"  # of the adapter that is attached to a model without weights, to see where it goes
 
 
-def _targets(model: nn.Module, config: LoraSbConfig) -> dict[str, tuple[Any, nn.Parameter]]:
-    """What the config adapts: by name, the layer as it would be made, and the model's own parameter."""
+def _targets(model: nn.Module, config: LoraSbConfig) -> dict[str, tuple[Any, nn.Parameter | nn.Module]]:
+    """What the config adapts: by name, the layer as it would be made, and the model's own parameter.
+
+    Of a quantised layer it is the layer itself: its weight can have no gradient.
+    """
     memo: dict[int, Any] = {}
     own: dict[int, nn.Parameter] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) if is_plain(p) else p
         own[id(memo[id(p)])] = p
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
-    skeleton = inject_adapter_in_model(copy.copy(config), copy.deepcopy(model, memo), adapter_name=_NAME)
+    unread = copy.copy(config)
+    unread.base_sketch = {}  # as if tensors came from a file: nothing is computed
+    skeleton = inject_adapter_in_model(unread, copy.deepcopy(model, memo), adapter_name=_NAME)
     layers = [m for m in skeleton.modules() if isinstance(m, AdaptedModule | ParamWrapper) and _NAME in m.deltas]
-    return {layer.module_name: (layer, own[id(layer.original())]) for layer in layers}
+    return {
+        layer.module_name: (
+            layer,
+            own[id(layer.original())] if layer.backend is None else model.get_submodule(layer.module_name),
+        )
+        for layer in layers
+    }
 
 
-def _gradient_sums(model: nn.Module, wanted: dict[str, nn.Parameter], batches: Iterable[Any]) -> dict[str, Tensor]:
+def _gradient_sums(
+    model: nn.Module, wanted: dict[str, nn.Parameter | nn.Module], batches: Iterable[Any]
+) -> dict[str, Tensor]:
     """Σ ∂L/∂W over the batches, float32 in main memory; at any time at most a layer's gradient is on the device."""
     sums: dict[str, Tensor] = {}
 
-    def keep(name: str, p: Tensor) -> None:
-        assert p.grad is not None
-        g = (p.grad.to_dense() if p.grad.is_sparse else p.grad).to("cpu", torch.float32)
-        p.grad = None
+    def add(name: str, g: Tensor) -> None:
+        g = g.to("cpu", torch.float32)
         sums[name] = sums[name].add_(g) if name in sums else g
 
-    with _only(model, list(wanted.values())):
+    def keep(name: str, p: Tensor) -> None:
+        assert p.grad is not None
+        add(name, p.grad.to_dense() if p.grad.is_sparse else p.grad)
+        p.grad = None
+
+    def product(name: str, x: Tensor, y: Tensor) -> Tensor:
+        """The result of a quantised layer, whose gradient g will give ∂L/∂W = gᵀ·x."""
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        x = x.detach().flatten(0, -2)
+        y.register_hook(lambda g: add(name, g.flatten(0, -2).mT @ x.to(g.dtype)))
+        return y
+
+    with _only(model, [p for p in wanted.values() if isinstance(p, nn.Parameter)]):
         hooks = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: keep(name, p))  # type: ignore[misc]
-            for name, p in wanted.items()
+            own.register_post_accumulate_grad_hook(lambda p, name=name: keep(name, p))  # type: ignore[misc]
+            if isinstance(own, nn.Parameter)
+            else own.register_forward_hook(lambda _, args, y, name=name: product(name, args[0], y))  # type: ignore[misc]
+            for name, own in wanted.items()
         ]
         try:
             for batch in [batches] if isinstance(batches, dict) else batches:

@@ -24,16 +24,18 @@ The objective may carry, with weights that the paper does not state and that are
     identity_weight · Σ_d Σ_rs ‖E^d[:, :, r, s]‖_F,  orthogonal_weight · Σ_d Σ_rs ‖C^d[:, :, r, s] − I / R²‖_F
 where C^d[i, j] = Σ_l A^d[i, l] ⊗ A^d[j, l] are the cores of T·Tᵀ (norms, not squares).
 
-T·x takes in·(I_1·R² + (I_2 + … + I_{D−1})·R³ + I_D·R²) multiplications a vector (in·64 for R = 1 and D = 2 at
-in = 1024), thrice with the backward pass: for R = 1 a step costs 1.1 times LoRA's, for R = 2 1.4 times. Where W + ΔW
-costs less by counted multiplications (a large R, a convolution), it is made and multiplied once: 1.5 times. Beside
-another adapter W·((T − I)·x) is a product of its own: twice. The backward pass keeps an input-sized tensor a core, for
-R > 1 R² of them. In a fused projection query, key and value share T, unless split_qkv gives them one each.
+T·x takes in·(I_1·R² + (I_2 + … + I_{D−1})·R³ + I_D·R²) multiplications a vector (in·64 for R = 1 and D = 2 at in =
+1024), thrice with the backward pass: for R = 1 a step costs 1.1 times LoRA's, for R = 2 1.4 times. Where W + ΔW costs
+less by counted multiplications (a large R, a convolution), it is made and multiplied once: 1.5 times. Beside another
+adapter W·((T − I)·x) is a product of its own: twice. The backward pass keeps an input-sized tensor a core, for R > 1 R²
+of them. On a quantised base T·x goes through the layer itself. In a fused projection query, key and value share T,
+unless split_qkv gives them one each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,7 +45,8 @@ from torch.nn.functional import pad
 
 from weft.adapters._config import AdapterConfig
 from weft.adapters._delta import Delta, Site
-from weft.adapters._kinds import Conv, Embedding
+from weft.adapters._kinds import Conv, Embedding, QuantisedLinear
+from weft.adapters._quantised import times
 from weft.algebra import tensor_ring
 from weft.errors import UsageError
 from weft.registry import Card
@@ -113,6 +116,7 @@ class TloraDelta(Delta):
         self.sizes = tensor_ring.balanced(site.in_, config.modes)
         self.out_sizes = tensor_ring.balanced(site.out, config.modes)
         self.folds_narrow = not isinstance(site.kind, Conv | Embedding)  # W stays apart from what is learnt
+        self.wraps = isinstance(site.kind, QuantisedLinear)
         for d, size in enumerate(self.sizes, start=1):
             start = torch.zeros_like(site.empty(size, size, self.ring, self.ring))
             if self.ring > 1 and d < config.modes:
@@ -160,8 +164,10 @@ class TloraDelta(Delta):
     def forward(self, x: Tensor) -> Tensor:
         if self._dense_is_cheaper(x, dense=3, turned=2):
             return super().forward(x)
-        turned = self.kind.dense(self._transform(x, whole=False), self._weight(x.dtype))
-        return self._with_residual(turned, x)
+        change = self._transform(x, whole=False)
+        if self.wraps:
+            return self._with_residual(times(change, lambda: self.unmerged()[0]), x)
+        return self._with_residual(self.kind.dense(change, self._weight(x.dtype)), x)
 
     def folds(self, x: Tensor) -> bool:
         return not isinstance(self.kind, Embedding)
@@ -170,7 +176,10 @@ class TloraDelta(Delta):
         wide = w.element_size() >= 4 and not torch.is_autocast_enabled(w.device.type)
         if self._dense_is_cheaper(x, dense=1 if wide else 3, turned=0):
             return super().fold(x, w, bias) if wide else self.add(self.kind.dense(x, w, bias), x)
-        return self._with_residual(self.kind.dense(self._transform(x, whole=True), w, bias), x)
+        return self.wrap(x, lambda turned: self.kind.dense(turned, w, bias))
+
+    def wrap(self, x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._with_residual(layer(self._transform(x, whole=True)), x)
 
     def _with_residual(self, y: Tensor, x: Tensor) -> Tensor:
         b, a = self.residual()
@@ -182,6 +191,8 @@ class TloraDelta(Delta):
 
         `dense` and `turned` products of n·out·in come with either, beside those of the wrapped module.
         """
+        if self.wraps:
+            return False  # for the gradient of T, a dense W would be kept
         if not self.folds_narrow:
             return True  # what a convolution or an embedding receives are not the vectors that T acts on
         n, size = self.kind.tokens(x), self.out * self.in_
