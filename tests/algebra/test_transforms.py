@@ -13,7 +13,7 @@ from scipy.linalg import hadamard as scipy_hadamard
 from torch import Tensor
 
 from weft.algebra import hadamard
-from weft.algebra.transforms import Transform, dct, dwt, wht
+from weft.algebra.transforms import Transform, _wht_sizes, dct, dwt, wht
 
 
 def dense(t: Transform) -> Tensor:
@@ -69,6 +69,27 @@ def test_a_hadamard_transform_has_entries_of_one_size(n: int) -> None:
     unit[0, n // 3] = 1.0
     row = wht(n).inverse(unit)
     assert torch.allclose(row.abs() * math.sqrt(n), torch.ones(1, n, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [37, 1021, 2 * 509, 4 * 1021, 11008])
+def test_large_odd_factors_are_fast_and_orthonormal(n: int) -> None:
+    t = wht(n)
+    block, parts = _wht_sizes(n)
+    assert block * math.prod(parts) == n and max(parts, default=1) <= hadamard.LARGEST  # nothing dense is large
+    assert (block > 1) == (n not in (37, 11008))
+    x, y = torch.randn(2, 3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    for apply, transpose in ((t.forward, t.inverse), (t.inverse, t.forward)):
+        assert apply(x).shape == x.shape
+        assert torch.allclose(transpose(apply(x)), x, atol=1e-11)
+        assert torch.allclose(apply(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-12)
+        assert torch.allclose((apply(x) * y).sum(), (x * transpose(y)).sum(), atol=1e-9)
+    assert torch.allclose(t.forward(x.float()).double(), t.forward(x), atol=1e-5)
+
+
+def test_a_large_odd_factor_is_a_cosine_transform() -> None:
+    n, k = 4 * 191, 191
+    signs = torch.from_numpy(scipy_hadamard(4)).double() / 2
+    assert torch.allclose(dense(wht(n)), torch.kron(dense(dct(k)).contiguous(), signs), atol=1e-12)
 
 
 @pytest.mark.parametrize(("wavelet", "levels", "n"), [("haar", 1, 6), ("haar", 3, 24), ("db2", 1, 10), ("db3", 2, 12)])

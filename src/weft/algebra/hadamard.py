@@ -1,7 +1,7 @@
 """Hadamard matrices: ±1, H·Hᵀ = n·I. Sylvester's for powers of two, Paley's and Williamson's for what is left of n.
 
-n = K·2^m with K = 1 or K = 4·odd, so that an n that is a multiple of 4 (K up to 180) has a matrix: widths of language
-models such as 11008 = 172·64, 13824 = 108·128, 14336 = 28·512 among them.
+n = K·2^m with K = 1 or K = 4·odd up to 180, for each of which there is a matrix here: widths of language models such as
+11008 = 172·64, 13824 = 108·128, 14336 = 28·512 among them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ _WILLIAMSON = {
 }
 
 
-def split(n: int) -> tuple[int, int]:
-    """K and m of n = K·2^m: K is 1, 4·odd where n allows, else odd or 2·odd.
+LARGEST = 180  # orders that are multiples of 4 have a matrix here up to this one; dense products stay small
 
-    >>> split(1024), split(11008), split(37), split(74)
-    ((1, 10), (172, 6), (37, 0), (37, 1))
+
+def split(n: int) -> tuple[int, int]:
+    """K and m of n = K·2^m: K is 1, 4·odd where n allows and that is at most LARGEST, else odd.
+
+    >>> split(1024), split(11008), split(37), split(74), split(4 * 1021)
+    ((1, 10), (172, 6), (37, 0), (37, 1), (1021, 2))
     """
     bits = (n & -n).bit_length() - 1
     odd = n >> bits
-    if odd > 1 and bits >= 2 and _construction(4 * odd) is not None:
+    if odd > 1 and bits >= 2 and 4 * odd <= LARGEST:
         return 4 * odd, bits - 2
     return odd, bits
 

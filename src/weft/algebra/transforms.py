@@ -120,7 +120,8 @@ _RADIX_BITS = 6  # factors of a power of two: a product with one dense 64 × 64 
 def wht(n: int) -> Transform:
     """The Walsh-Hadamard transform H / √n, H = H_K ⊗ H_2 ⊗ … ⊗ H_2 with n = K·2^m (`hadamard.split`).
 
-    Where no ±1 matrix of order K exists or is known, K × K is the cosine transform: still orthonormal.
+    Where no ±1 matrix of order K exists or is known here, that factor is the cosine transform: still orthonormal, and
+    fast where K is large (a prime n, in the worst case, is a cosine transform and nothing else).
     """
     return Transform("wht", n, functools.partial(_kron, n, False), functools.partial(_kron, n, True))
 
@@ -128,26 +129,35 @@ def wht(n: int) -> Transform:
 def _kron(n: int, transpose: bool, x: Tensor) -> Tensor:
     """x·Hᵀ (or x·H) for H a Kronecker product, one factor at a time."""
     shape, right = x.shape, 1
-    for h in reversed(_wht_factors(n, x.dtype, x.device)):
-        k = len(h)
+    block, parts = _wht_sizes(n)
+    for k in reversed(parts):
+        h = _wht_factor(k, x.dtype, x.device)
         h = h if transpose else h.mT
         if right == 1:
             x = x.reshape(-1, k) @ h
         else:
             x = h.mT @ x.reshape(-1, k, right)
         right *= k
+    if block > 1:
+        x = (_idct if transpose else _dct)(block, x.reshape(-1, block, right).mT).mT
     return x.reshape(shape)
 
 
-@functools.lru_cache(maxsize=32)
-def _wht_factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Orthonormal matrices whose Kronecker product is the transform."""
+def _wht_sizes(n: int) -> tuple[int, list[int]]:
+    """What n is the product of: the side of a fast cosine transform, or 1, and the sides of small dense matrices."""
     block, bits = hadamard.split(n)
-    core = hadamard.matrix(block)
-    if core is None:
-        core = _dct(block, torch.eye(block, dtype=torch.float64)).mT * math.sqrt(block)
-    signs = [core, *(hadamard.sylvester(1 << part) for part in _even_parts(bits, _RADIX_BITS))]
-    return [(h.double() / math.sqrt(len(h))).to(device, dtype) for h in signs if len(h) > 1 or n == 1]
+    parts = [1 << part for part in _even_parts(bits, _RADIX_BITS)]
+    if block > hadamard.LARGEST:
+        return block, parts
+    return 1, [block, *parts] if block > 1 else parts
+
+
+@functools.lru_cache(maxsize=64)
+def _wht_factor(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A dense factor of the transform (k × k), orthonormal."""
+    core = hadamard.matrix(k)
+    core = _dct(k, torch.eye(k, dtype=torch.float64)).mT if core is None else core.double() / math.sqrt(k)
+    return core.to(device, dtype)
 
 
 def _even_parts(total: int, most: int) -> list[int]:
