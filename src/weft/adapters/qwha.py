@@ -163,13 +163,13 @@ class QwhaDelta(Delta):
         return rows * self.in_ + columns
 
     def delta(self) -> Tensor:
-        return synthesis(self.c, self._flat(), self.out, self.transform) * self.config.scale
+        return synthesis(self.config.scale * self.c, self._flat(), self.out, self.transform)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            return self._sparse(x) if self._few(x) else self._product(x.to(narrow), None)
+            return self._sparse(x) if self._few(x) else self._product(x.to(narrow), None, None)
 
     def _few(self, x: Tensor) -> bool:
         """Whether products with the p entries alone make fewer numbers than ΔW has."""
@@ -185,13 +185,10 @@ class QwhaDelta(Delta):
         return not self._few(x)
 
     def fold(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        if w.requires_grad:
-            return super().fold(x, w, bias)
-        y = self._product(x, w)
-        return y if bias is None else y + bias
+        return self._product(x, w, bias)
 
-    def _product(self, x: Tensor, w: Tensor | None) -> Tensor:
-        return Product.apply(x, w, self.c, self._flat(), self.out, self.config.scale, self.transform)
+    def _product(self, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+        return Product.apply(x, w, bias, self.c, self._flat(), self.out, self.config.scale, self.transform)
 
     def count(self) -> int:
         return self.p
@@ -209,29 +206,32 @@ def synthesis(c: Tensor, places: Tensor, out: int, transform: Transform) -> Tens
 
 
 class Product(torch.autograd.Function):
-    """x·(W + ΔW)ᵀ, or x·ΔWᵀ without W; ΔW is made again in the backward pass."""
+    """x·(W + ΔW)ᵀ + bias, or x·ΔWᵀ without a W; ΔW is made again in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor | None, c: Tensor, places: Tensor, out: int, scale: float, transform: Transform
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w: Tensor | None, bias: Tensor | None,
+        c: Tensor, places: Tensor, out: int, scale: float, transform: Transform,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, w, c, places)
         ctx.rest = out, scale, transform
-        return linear(x, _onto(w, synthesis(c, places, out, transform), scale, x))
+        return linear(x, _onto(w, synthesis(scale * c, places, out, transform), x), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, c, places = ctx.saved_tensors
         out, scale, transform = ctx.rest
         (g,) = grads
-        d_x = g @ _onto(w, synthesis(c, places, out, transform), scale, x) if ctx.needs_input_grad[0] else None
-        d_w = g.reshape(-1, out).mT @ x.reshape(-1, transform.n)
+        d_x = g @ _onto(w, synthesis(scale * c, places, out, transform), x) if ctx.needs_input_grad[0] else None
+        g, x = g.reshape(-1, out), x.reshape(-1, transform.n)
+        d_w = g.mT @ x
+        d_bias = g.sum(0) if ctx.needs_input_grad[2] else None
         d_c = transform.forward(d_w.to(c.dtype)).flatten().index_select(0, places) * scale
-        return d_x, None, d_c, None, None, None, None
+        return d_x, d_w if ctx.needs_input_grad[1] else None, d_bias, d_c, None, None, None, None
 
 
-def _onto(w: Tensor | None, update: Tensor, scale: float, x: Tensor) -> Tensor:
-    return update.mul_(scale).to(x.dtype) if w is None else update.mul_(scale).to(w.dtype).add_(w)
+def _onto(w: Tensor | None, update: Tensor, x: Tensor) -> Tensor:
+    return update.to(x.dtype) if w is None else update.to(w.dtype).add_(w)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
