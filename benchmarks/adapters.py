@@ -31,6 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import weft
 from weft.adapters._config import AdapterConfig
 from weft.adapters._training import parameter_groups
+from weft.adapters.qwha import QwhaDelta
+from weft.algebra.transforms import Transform
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
 LAYERS = 4
@@ -83,6 +85,7 @@ def attach(build: Any, config: Any, args: argparse.Namespace) -> tuple[nn.Module
         served = {need: model if need == "original_weights" else Batches(model, loss) for need in needs}
         weft.prepare(model, config, **served)
     model = peft.get_peft_model(model, config)
+    getattr(config, "once_attached", lambda model: None)(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, weight_decay=0.0))
 
     def step() -> None:
@@ -191,6 +194,19 @@ def gradient_pass(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
 
 
+def dense_qwha() -> Any:
+    """QWHA with products by the whole Hadamard matrix in place of the fast transform."""
+
+    def replace(model: nn.Module) -> None:
+        for delta in (m for m in model.modules() if isinstance(m, QwhaDelta)):
+            h = delta.transform.inverse(torch.eye(delta.in_, device=delta.c.device))
+            delta.transform = Transform("dense", delta.in_, lambda x, h=h: x @ h.mT, lambda x, h=h: x @ h)
+
+    config = weft.QwhaConfig(r=R)
+    config.once_attached = replace
+    return config
+
+
 def lora() -> Any:
     return peft.LoraConfig(r=R, lora_alpha=16)
 
@@ -232,6 +248,8 @@ def cases(args: argparse.Namespace) -> dict[str, tuple[Any, Any, float, str]]:
             "PEFT WaveFT",
         ),
         "wara beside LoRA": (lambda: weft.WaraConfig(r=R), lora, 1.1, "PEFT LoRA"),
+        "qwha": (lambda: weft.QwhaConfig(r=R), dense_qwha, 1 / 1.3, "dense Hadamard products"),
+        "qwha beside LoRA": (lambda: weft.QwhaConfig(r=R), lora, 1.3, "PEFT LoRA"),
         "diffora search over": (lambda: weft.DifforaConfig(r=R, rho=1.0), lora, 1.3, "PEFT LoRA"),
         **{
             slug: (lambda s=slug: weft.config_class(s)(), lora, 1.3, "PEFT LoRA")

@@ -41,6 +41,7 @@ pass; it is made twice.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -224,10 +225,34 @@ class Product(torch.autograd.Function):
         (g,) = grads
         d_x = g @ _onto(w, synthesis(scale * c, places, out, transform), x) if ctx.needs_input_grad[0] else None
         g, x = g.reshape(-1, out), x.reshape(-1, transform.n)
-        d_w = g.mT @ x
         d_bias = g.sum(0) if ctx.needs_input_grad[2] else None
+        if sampling_is_cheaper(len(c), out, transform.n, x) and not ctx.needs_input_grad[1]:
+            return d_x, None, d_bias, sampled(g, x, c, places, transform) * scale, None, None, None, None
+        d_w = g.mT @ x
         d_c = transform.forward(d_w.to(c.dtype)).flatten().index_select(0, places) * scale
         return d_x, d_w if ctx.needs_input_grad[1] else None, d_bias, d_c, None, None, None, None
+
+
+def sampling_is_cheaper(p: int, out: int, in_: int, x: Tensor) -> bool:
+    """Whether p products of columns and the transform of x take less than a dense product, per input.
+
+    One multiplication of theirs takes about 16 and 4 times as long as one of a dense product, on a CPU.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return 16 * p + 4 * 64 * in_ < out * in_
+
+
+def sampled(g: Tensor, x: Tensor, c: Tensor, places: Tensor, transform: Transform) -> Tensor:
+    """The entries of gᵀ·x·Hᵀ at the places (p,), in blocks of inputs that stay in a processor's cache."""
+    rows, columns = places // transform.n, places % transform.n
+    starts = torch.searchsorted(rows, torch.arange(g.shape[1] + 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR")  # that they are new
+        total = torch.sparse_csr_tensor(starts, columns, torch.zeros_like(c), (g.shape[1], transform.n))
+    for gs, xs in zip(g.split(256), x.split(256)):
+        total = torch.sparse.sampled_addmm(total, gs.mT.to(c.dtype), transform.forward(xs.to(c.dtype)))
+    return total.values()
 
 
 def _onto(w: Tensor | None, update: Tensor, x: Tensor) -> Tensor:
