@@ -7,8 +7,8 @@ Adaptation for Parameter-Efficient Fine-Tuning on Large Language Models", 2025, 
 
 Trained is c (p,), p = r·(in + out) but at most in·out: as many numbers as LoRA of rank r, in a ΔW of any rank. H is
 orthonormal here: the paper's F divided by √in, and its authors' `scale` divided by √(in·out), so that their 4000 is 1
-at a width of 4000. Where in has an odd factor above 45, cosines stand in for the ±1 of that factor. Adam moves c by the
-learning rate and ΔW by s times that; another s leaves the start where it is.
+at a width of 4000. Where in is no multiple of 4, or its odd factor is above 45, cosines stand in for the ±1 of that
+factor. Adam moves c by the learning rate and ΔW by s times that; another s leaves the start where it is.
 
 The start, for every weight W of a full-precision model and W_Q of the quantised one, with E = W − W_Q and G = Σ x·xᵀ
 over what the layer receives for `batches` in the full-precision model (padding left out, ε·mean(diag G) added to the
@@ -82,6 +82,10 @@ CARD = Card(
     ),
     reasons={
         "exports": "ΔW's rank is as large as a side of the weight",
+        "init_drift": (
+            "It is zero where nothing was lost to quantisation, or without prepare; else ΔW starts as the part of the "
+            "error W − W_Q that it cancels"
+        ),
         "file": "places: where the coefficients lie in F, found from the quantisation error or drawn",
     },
 )
