@@ -245,6 +245,22 @@ def test_a_weight_that_was_packed_for_evaluation_can_be_merged():
         assert harness.relative(dense(layer), expected[name]) < 0.2, name
 
 
+def test_qwha_starts_by_cancelling_the_error_of_a_quantised_base(caplog):
+    pytest.importorskip("torchao")
+    base, whole = copy.deepcopy(_made("torchao int4")), _plain()
+    config = weft.QwhaConfig(r=8, **TARGET)
+    weft.prepare(base, config, original_weights=whole, batches=[specimens.batch(1, 16), specimens.batch(2, 16)])
+    assert "random places" not in caplog.text
+    wanted, lossy = harness.outputs(whole), harness.outputs(base)
+    model = peft.get_peft_model(base, config)
+    for name, layer in harness.layers(model):
+        error = whole.get_submodule(layer.module_name).weight - dense(layer)
+        assert (error - update(layer)).norm() < 0.8 * error.norm(), name
+    assert harness.relative(harness.outputs(model), wanted) < 0.8 * harness.relative(lossy, wanted)
+    weft.prepare(base, weft.QwhaConfig(r=8, **TARGET), original_weights=base, batches=[])
+    assert "random places" in caplog.text
+
+
 # --- what cannot be served says so, once for all methods --------------------------------------------------------------
 
 

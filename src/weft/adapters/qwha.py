@@ -41,6 +41,7 @@ pass; it is made twice.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -56,10 +57,13 @@ from torch.nn.functional import linear, pad
 from weft.adapters._config import AdapterConfig
 from weft.adapters._core import on_meta
 from weft.adapters._delta import Delta, Site
+from weft.adapters._kinds import QuantisedLinear
 from weft.algebra.random import generator
 from weft.algebra.transforms import Transform, wht
 from weft.errors import UsageError, WeftError
 from weft.registry import Card
+
+logger = logging.getLogger("weft")
 
 CARD = Card(
     title=(
@@ -292,6 +296,8 @@ def prepare(model: nn.Module, config: QwhaConfig, *, original_weights: nn.Module
     config.prepared = {}  # type: ignore[attr-defined]
     adapted, original = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, original_weights))
     sites = _sites(adapted, config)
+    if original is adapted and any(isinstance(site.kind, QuantisedLinear) for site in sites):
+        logger.warning("qwha was given no weights from before quantisation, so it starts from zero at random places")
     whole = {} if original is adapted else {site.name: site for site in _sites(original, config)}
     lossy = []
     for site in sites:

@@ -347,7 +347,7 @@ def attach(
     config = config_for(method, model)
     try:
         if not method.name.startswith("peft:"):
-            # a run's base is not quantised: its weights are the original ones
+            # what a run loads has no other original
             served = {"batches": batches, "held_out": held_out, "original_weights": model}
             weft.prepare(model, config, **{need: served[need] for need in needs(method) if need in served})
         return get_peft_model(model, config)
