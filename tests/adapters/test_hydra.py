@@ -219,14 +219,12 @@ def test_dropout_is_between_the_projections() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_no_wider_copy_of_the_weight_waits_for_the_backward_pass() -> None:
+def test_no_copy_of_the_weight_waits_for_the_backward_pass() -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Linear(40, 30)).bfloat16(), HydraConfig(target_modules=["0"], r=2))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = model(torch.randn(8, 40, dtype=torch.bfloat16))
-    large = [t for t in kept if t.numel() >= 40 * 30]
-    weight = model.base_model.model[0].base_layer.weight
-    assert large and all(t.data_ptr() == weight.data_ptr() for t in large)
+    assert kept and all(t.numel() < 40 * 30 for t in kept)
     y.sum().backward()
 
 

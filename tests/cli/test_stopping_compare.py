@@ -10,7 +10,7 @@ import pytest
 
 def _words(llama, corpus, output):
     words = ["compare", "--model", llama, "--data", corpus, "--methods", "peft:lora,sora", "--references", "base"]
-    words += ["--budget", "steps=2", "--seeds", 1, "--grid-points", 2, "--grid-extend", 0, "--batch-size", 4]
+    words += ["--budget", "steps=8", "--seeds", 1, "--grid-points", 2, "--grid-extend", 0, "--batch-size", 4]
     return [*words, "--max-length", 32, "--measure-repeats", 1, "--measure-steps", 2, "--output", output]
 
 

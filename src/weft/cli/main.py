@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import errno
 import importlib
-import logging
 import os
 import pkgutil
 import sys
@@ -93,8 +92,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for library in ("torchao", "torch.utils._pytree"):  # what torchao says of kernels that it has for other machines
-        logging.getLogger(library).setLevel(logging.ERROR)
+    importlib.import_module("weft.run.quiet")
 
 
 def _sentence(error: BaseException) -> str:

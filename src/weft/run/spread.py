@@ -87,7 +87,7 @@ def _processes() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "peft", "datasets", "weft.run.train"])
+    context.set_forkserver_preload(["weft.run.quiet", "torch", "peft", "datasets", "weft.run.train"])
     return context
 
 
