@@ -5,8 +5,9 @@ import copy
 import peft
 import torch
 from ledger import Close, Order
+from problem_pycode import windows
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import weft
 from weft import builtin
@@ -44,15 +45,6 @@ def rounded(w: Tensor) -> Tensor:
     return (((parts - low) / step).round() * step + low).flatten(1)
 
 
-def windows(split: str, seed: int) -> dict[str, Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(builtin.model_path("pycode"))
-    text = "\n".join(row["text"] for row in builtin.texts("stdlib", split))
-    ids = torch.tensor(tokenizer(text)["input_ids"])
-    starts = torch.randint(len(ids) - WINDOW, (ROWS,), generator=torch.Generator().manual_seed(seed))
-    rows = torch.stack([ids[start : start + WINDOW] for start in starts.tolist()])
-    return {"input_ids": rows, "labels": rows}
-
-
 def low_rank(error: Tensor, g: Tensor | None) -> Tensor:
     """The best correction of rank R of error·G^½, or of the error itself."""
     root = torch.eye(error.shape[1], dtype=torch.float64)
@@ -67,7 +59,10 @@ def low_rank(error: Tensor, g: Tensor | None) -> Tensor:
 def measure(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     full = AutoModelForCausalLM.from_pretrained(builtin.model_path("pycode"), dtype=torch.float32).eval()
-    seen, unseen = windows("train", seed), windows("test", seed)
+    seen, unseen = (
+        {"input_ids": ids, "labels": ids}
+        for ids in (windows("train", ROWS, WINDOW, seed), windows("test", ROWS, WINDOW, seed))
+    )
     names = [name for name, m in full.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     base = copy.deepcopy(full)
     for name in names:
