@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,14 @@ def spawn():
         env = tiny.environment(**options.pop("env", {}))
         command = [sys.executable, "-m", "weft", *[str(word) for word in words]]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            # a shell's background job hands down that Ctrl-C is ignored; these are to hear it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **options,
         )
         started.append(process)
         return process

@@ -32,7 +32,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(spawn, llama, corpu
     _wait_for_a_run(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group hears it
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     assert err.count("\n") == 1 and "interrupted after" in err, err
     kept = _rows(output)
     assert 3 <= len(kept) < 10 and all(row.get("status", "ok") == "ok" for row in kept)
