@@ -147,7 +147,7 @@ def test_every_delta_is_of_the_original_weight() -> None:
     y = branches(first, x, w, b) + branches(second, x, w, b) - (x @ w.T + b)
     torch.testing.assert_close(model(x), y, rtol=1e-9, atol=1e-9)
     model.merge_adapter(["default"])
-    assert torch.equal(second.unmerged()[0], w) and torch.equal(second.unmerged()[1], b)
+    assert torch.equal(second.unmerged(), w) and torch.equal(second.bias(), b)
     model.merge_adapter(["second"])
     torch.testing.assert_close(model(x), y, rtol=1e-9, atol=1e-9)
 

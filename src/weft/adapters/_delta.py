@@ -29,7 +29,8 @@ class Site:
     device: torch.device
     stored: bool  # tensors come from a file: compute nothing from W
     rank: int | None  # rank recorded for this module when the adapter was saved
-    unmerged: Callable[[], tuple[Tensor, Tensor | None]]  # original W and bias, in their dtype; for a delta to keep
+    unmerged: Callable[[], Tensor]  # the original W in its own dtype; for a delta to keep, as is the next
+    bias: Callable[[], Tensor | None]  # the original bias
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised float32 tensor beside the weight."""

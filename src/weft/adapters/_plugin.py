@@ -193,7 +193,8 @@ class _Adapted(BaseTunerLayer):
         bias = None if shift is None or b0 is None else (b0.to(wide) + shift.to(wide)).to(b0.dtype)
         error = (self.write(merged, bias).to(wide) - total).norm()
         self.merge_error = float(error / total.norm().clamp_min(1e-30))
-        self.lost_update = float(error / (total - w0).norm().clamp_min(1e-30))
+        if self.backend is not None:
+            self.lost_update = float(error / (total - w0).norm().clamp_min(1e-30))
         self.merged_adapters += names
 
     def write(self, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -266,7 +267,11 @@ class AdaptedModule(nn.Module, _Adapted):
         if self.backend is None:
             return super().unmerged()
         layer = self._unmerged_layer()
-        return dequantised(layer, self.backend, self.module_name), getattr(layer, "bias", None)
+        return dequantised(layer, self.backend, self.module_name), self._unmerged_bias()
+
+    def _unmerged_bias(self, rows: slice = slice(None)) -> Tensor | None:
+        bias = super().unmerged()[1] if self.backend is None else getattr(self._unmerged_layer(), "bias", None)
+        return None if bias is None else bias[rows]
 
     def _unmerged_layer(self) -> nn.Module:
         return self.get_base_layer() if self._originals is None else self._originals[0]
@@ -300,13 +305,12 @@ class AdaptedModule(nn.Module, _Adapted):
             holder = holder.base_layer
         holder.base_layer = layer
 
-    def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Rows of the unmerged W (out × in) and of the bias."""
-        w, b = self.unmerged()
-        return self.kind.matrix(w)[rows], None if b is None else b[rows]
+    def _rows(self, rows: slice) -> Tensor:
+        """Rows of the unmerged W (out × in)."""
+        return self.kind.matrix(self.unmerged()[0])[rows]
 
     def _matrix(self, rows: slice) -> Tensor:
-        w, _ = self._rows(rows)
+        w = self._rows(rows)
         return w.to(torch.promote_types(w.dtype, torch.float32))
 
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
@@ -331,6 +335,7 @@ class AdaptedModule(nn.Module, _Adapted):
                 config.is_stored,
                 _stored_rank(config, name),
                 functools.partial(self._rows, rows),  # no closure: a copied model must read its own weight
+                functools.partial(self._unmerged_bias, rows),
             )
 
         sizes = (
@@ -415,12 +420,12 @@ class ParamWrapper(nn.Module, _Adapted):
     def to_native(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.transposed else matrix
 
-    def _expert(self, i: int) -> tuple[Tensor, None]:
+    def _expert(self, i: int) -> Tensor:
         """The unmerged W of expert i (out × in), in the model's dtype."""
-        return self.to_native(self.unmerged()[0][i]), None
+        return self.to_native(self.unmerged()[0][i])
 
     def _matrix(self, i: int) -> Tensor:
-        w, _ = self._expert(i)
+        w = self._expert(i)
         return w.to(torch.promote_types(w.dtype, torch.float32))
 
     def build(self, config: AdapterConfig, model_config: Any) -> nn.Module:
@@ -445,6 +450,7 @@ class ParamWrapper(nn.Module, _Adapted):
                 config.is_stored,
                 _stored_rank(config, name),
                 functools.partial(self._expert, i),
+                self.bias_parameter,
             )
 
         return Experts([make(config, site(i)) for i in range(count)])

@@ -117,7 +117,7 @@ class HydraDelta(LowRankDelta):
         super().__init__(config, site)
         self.r_p, self.r_s = config.ranks()
         site.check_rank(max(self.r_p, self.r_s))
-        self.scale, self.unmerged = config.scale, site.unmerged
+        self.scale, self.unmerged, self.bias = config.scale, site.unmerged, site.bias
         self.sees_bias = config.base_bias and self.r_s > 0
         self.A_p = nn.Parameter(site.empty(self.r_p, site.in_))
         self.A_s = nn.Parameter(site.empty(self.r_s, site.out))
@@ -131,12 +131,12 @@ class HydraDelta(LowRankDelta):
         self.c = nn.Parameter(torch.zeros_like(site.empty(site.out))) if biased else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        a = torch.cat([self.A_p, times(self.A_s, lambda: self.unmerged()[0].mT)]) if self.r_s else self.A_p
+        a = torch.cat([self.A_p, times(self.A_s, lambda: self.unmerged().mT)]) if self.r_s else self.A_p
         return self.scale * torch.cat([self.B_p, self.B_s], dim=1), a
 
     def hidden_bias(self) -> Tensor | None:
         """[a_p ; A_s·b + a_s], what the hidden features hold where x is zero; (r_p + r_s,)."""
-        b = self.unmerged()[1] if self.sees_bias else None
+        b = self.bias() if self.sees_bias else None
         if b is None:
             return self.a
         # not A_s @ b: the bits of a matrix times a vector depend on where in memory a file's tensors were put

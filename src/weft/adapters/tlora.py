@@ -155,7 +155,7 @@ class TloraDelta(Delta):
         return (tensor_ring.turned(x, cores) if whole else tensor_ring.deviation(x, cores))[..., : self.in_]
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        return self.unmerged()[0].to(dtype)
+        return self.unmerged().to(dtype)
 
     def delta(self) -> Tensor:
         b, a = self.residual()
@@ -166,7 +166,7 @@ class TloraDelta(Delta):
             return super().forward(x)
         change = self._transform(x, whole=False)
         if self.wraps:
-            return self._with_residual(times(change, lambda: self.unmerged()[0]), x)
+            return self._with_residual(times(change, self.unmerged), x)
         return self._with_residual(self.kind.dense(change, self._weight(x.dtype)), x)
 
     def folds(self, x: Tensor) -> bool:
