@@ -4,9 +4,8 @@ import copy
 
 import peft
 import torch
-from contest import Problem, Split, tuned
+from contest import Problem, Split, accuracy, tuned
 from ledger import Close, Order
-from problem_few_shot import accuracy
 from torch import Tensor, nn
 
 import weft

@@ -4,16 +4,15 @@ from functools import partial
 
 import peft
 import torch
-from contest import Problem, Split, evaluated, tuned
+from contest import Problem, evaluated, tuned
 from ledger import Close, Order
+from problem_layers import NOISE, WIDTH, regression
 from torch import Tensor, nn
 
 import weft
 from weft.adapters.dylora import set_rank
 
-WIDTH = 24
 STEPS = 300
-NOISE = 0.05  # variance of the labels' noise, in parts of the error without an adapter
 SINGULAR = (2.0, 1.4, 1.0, 0.7)
 RANKS = (1, 2, 4, 8)
 KINDS = {"DyLoRA": True, "DyLoRA full": False}  # whether only the last of the components in force is trained
@@ -58,7 +57,7 @@ def cut(model: nn.Module, rank: int) -> nn.Module:
 
 def measure(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    problem = regression()
+    problem = two_layers_move()
     x, y = problem.test
     figures = {}
     for rank in RANKS:
@@ -74,7 +73,7 @@ def measure(seed: int) -> dict[str, float]:
     return figures
 
 
-def regression() -> Problem:
+def two_layers_move() -> Problem:
     base, wanted = (
         nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, WIDTH, bias=False))
         for _ in range(2)
@@ -84,17 +83,4 @@ def regression() -> Problem:
         for i in (0, 2):
             u, v = (torch.linalg.qr(torch.randn(WIDTH, len(SINGULAR))).Q for _ in range(2))
             wanted[i].weight += u * torch.tensor(SINGULAR) @ v.mT
-        x = torch.randn(4096, WIDTH)
-        unit = (wanted(x) - base(x)).square().mean()
-
-        def split(rows: int, noise: float) -> Split:
-            x = torch.randn(rows, WIDTH)
-            y = wanted(x)
-            return x, y + (noise * unit).sqrt() * torch.randn_like(y)
-
-        train, validation, test = split(512, NOISE), split(512, NOISE), split(2048, 0.0)
-
-    def loss(found: Tensor, wanted: Tensor) -> Tensor:
-        return (found - wanted).square().mean() / unit
-
-    return Problem(base, train, validation, test, loss)
+    return regression(base, wanted, 512)

@@ -1,8 +1,8 @@
 """A classifier that learned from a teacher, who has moved since: the problem of claims about frozen directions of W."""
 
 import torch
-from contest import Problem, Split
-from torch import Tensor, nn
+from contest import Problem, Split, accuracy, pretrained
+from torch import nn
 
 INPUTS, HIDDEN, CLASSES = 32, 128, 10
 LAYERS = ["0", "2", "4"]
@@ -20,10 +20,6 @@ def classifier() -> nn.Sequential:
     )
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).float().mean()
-
-
 def moved_teacher() -> Problem:
     """A pre-trained model and its new task; random numbers come from torch's seed. The score is the accuracy."""
     teacher = classifier()
@@ -31,7 +27,8 @@ def moved_teacher() -> Problem:
     with torch.no_grad():
         for p in weights:
             p *= 2.5  # else the labels are nearly linear in the inputs
-    base = _pretrained(*_labelled(teacher, 20_000))
+    data = _labelled(teacher, 20_000)
+    base = pretrained(classifier(), nn.functional.cross_entropy, data, rate=3e-3, steps=1000, batch_size=128)
     with torch.no_grad():
         for p in weights:
             p += 0.5 * p.std() * torch.randn_like(p)
@@ -49,16 +46,3 @@ def moved_teacher() -> Problem:
 def _labelled(teacher: nn.Module, rows: int) -> Split:
     x = torch.randn(rows, INPUTS)
     return x, teacher(x).argmax(1)
-
-
-def _pretrained(x: Tensor, y: Tensor) -> nn.Module:
-    model = classifier()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=1000)
-    for _ in range(1000):
-        rows = torch.randint(len(x), (128,))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-        scheduler.step()
-    return model

@@ -26,10 +26,9 @@ class Network(nn.Module):
 
 
 def some_layers_move(count: int, rank: int, rows: int) -> tuple[Problem, list[int]]:
-    """Regression from a network onto itself with `count` layers moved by a rank-`rank` update, and which those are.
+    """`regression` from a network onto itself with `count` layers moved by a rank-`rank` update, and which those are.
 
-    The update's singular values are 1. Losses and scores are relative to the network without an adapter, whose error
-    is 1; training and validation labels are noisy, those of the test are not. Draws from the global stream.
+    The update's singular values are 1. Draws from the global stream.
     """
     base, wanted = Network(), Network()
     wanted.load_state_dict(base.state_dict())
@@ -38,17 +37,25 @@ def some_layers_move(count: int, rank: int, rows: int) -> tuple[Problem, list[in
         for i in moved:
             u, v = (torch.linalg.qr(torch.randn(WIDTH, rank)).Q for _ in range(2))
             wanted.layers[i].weight += u @ v.mT
-        x = torch.randn(4096, WIDTH)
-        unit = (wanted(x) - base(x)).square().mean()
+    return regression(base, wanted, rows), moved
 
-        def split(rows: int, noise: float) -> Split:
-            x = torch.randn(rows, WIDTH)
-            y = wanted(x)
-            return x, y + (noise * unit).sqrt() * torch.randn_like(y)
 
-        train, validation, test = split(rows, NOISE), split(512, NOISE), split(2048, 0.0)
+@torch.no_grad()
+def regression(base: nn.Module, wanted: nn.Module, rows: int) -> Problem:
+    """From `base` onto `wanted`, both WIDTH wide, on `rows` rows of normal inputs.
+
+    Losses and scores are relative to the base without an adapter, whose error is 1; training and validation labels are
+    noisy, those of the test are not. Draws from the global stream.
+    """
+    x = torch.randn(4096, WIDTH)
+    unit = (wanted(x) - base(x)).square().mean()
+
+    def split(rows: int, noise: float) -> Split:
+        x = torch.randn(rows, WIDTH)
+        y = wanted(x)
+        return x, y + (noise * unit).sqrt() * torch.randn_like(y)
 
     def loss(found: Tensor, wanted: Tensor) -> Tensor:
         return (found - wanted).square().mean() / unit
 
-    return Problem(base, train, validation, test, loss), moved
+    return Problem(base, split(rows, NOISE), split(512, NOISE), split(2048, 0.0), loss)

@@ -2,7 +2,7 @@
 
 import peft
 import torch
-from contest import Problem, Split, tuned
+from contest import Problem, Split, pretrained, tuned
 from ledger import Order
 from torch import Tensor, nn
 
@@ -80,22 +80,10 @@ def dice(logits: Tensor, mask: Tensor) -> Tensor:
     return (2 * (found * mask).sum((1, 2)) / (found.sum((1, 2)) + mask.sum((1, 2))).clamp(min=1)).mean()
 
 
-def pretrained(images: Tensor, masks: Tensor) -> nn.Module:
-    model = Mixer()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=300)
-    for _ in range(300):
-        rows = torch.randint(len(images), (32,))
-        optimizer.zero_grad()
-        loss(model(images[rows]), masks[rows]).backward()
-        optimizer.step()
-        scheduler.step()
-    return model
-
-
 def measure(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    base = pretrained(*discs(1000))
+    data = discs(1000)
+    base = pretrained(Mixer(), loss, data, rate=5e-3, steps=300, batch_size=32)
     problem = Problem(base, curves(IMAGES), curves(100), curves(200), loss=loss, score=dice)
     targets = r"embed|head|(tokens|up|down)\.\d"
     contenders = {

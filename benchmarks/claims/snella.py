@@ -2,9 +2,8 @@
 
 import peft
 import torch
-from contest import Problem, Split, tuned
+from contest import Problem, Split, accuracy, tuned
 from ledger import Order
-from problem_few_shot import accuracy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
