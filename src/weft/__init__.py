@@ -1,7 +1,8 @@
 """weft: every low-rank method for neural networks, native to the Hugging Face stack.
 
-Importing weft costs almost nothing: public names are loaded when they are first used. Its adapters become PEFT methods
-at once where peft is loaded already, and right after peft loads otherwise.
+Importing weft costs almost nothing: public names are loaded when they are first used. Its adapters become PEFT methods,
+and its compressed models transformers models, at once where peft and transformers' quantizers are loaded already, and
+right after they load otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +28,17 @@ _LAZY = {
     "step": "weft.adapters._training",
     "StepCallback": "weft.adapters._training",
     "export": "weft.adapters._export",
+    "compress": "weft.compress._engine",
 }
 _EAGER = ("Card", "UsageError", "WeftError", "card", "cards", "config_class")
 
 
 def _config_names() -> dict[str, str]:
-    return {class_name(slug, "Config"): f"weft.adapters.{slug}" for slug in cards("adapters")}
+    return {
+        class_name(slug, "Config"): f"weft.{pillar}.{slug}"
+        for pillar in ("adapters", "compress")
+        for slug in cards(pillar)
+    }
 
 
 def __getattr__(name: str) -> Any:
@@ -46,22 +52,39 @@ def __dir__() -> list[str]:
     return sorted([*_EAGER, *_LAZY, *_config_names(), "__version__"])
 
 
-class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Lets peft load as usual, then registers weft's adapters with it and removes itself.
+class _Weft(ModuleType):
+    """A module in which a public function and the subpackage that defines it can have one name.
 
-    It stays for as long as peft is only looked for: transformers asks whether peft is there without importing it.
+    Python binds a subpackage to its name in the parent once it is loaded, so that `weft.compress`, the function, would
+    be the package from the first `import weft.compress._engine` on. Here a lazy name stays what `__getattr__` says.
+    `from weft.compress import svd` finds the package in any case: it asks sys.modules.
     """
 
-    looking = False
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Weft
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Lets a module of another library load as usual, then registers what weft has for it, and removes itself.
+
+    It stays for as long as the module is only looked for: transformers asks whether peft is there without importing it.
+    """
+
+    def __init__(self, module: str, register: Callable[[], None]) -> None:
+        self.module, self.register, self.looking = module, register, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft" or self.looking:
+        if fullname != self.module or self.looking:
             return None
         self.looking = True
         try:
-            spec = importlib.util.find_spec("peft")
+            spec = importlib.util.find_spec(fullname)
         finally:
             self.looking = False
         if spec is None or spec.loader is None:
@@ -72,17 +95,22 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             load(module)
-            _register()
+            self.register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
+def _register_adapters() -> None:
     importlib.import_module("weft.adapters._plugin").register()
 
 
-if "peft" in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _AfterPeft())
+def _register_layers() -> None:
+    importlib.import_module("weft.linear._transformers")
+
+
+for _module, _register in (("peft", _register_adapters), ("transformers.quantizers.auto", _register_layers)):
+    if _module in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _After(_module, _register))

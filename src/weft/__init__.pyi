@@ -24,6 +24,12 @@ from weft.adapters.sora import SoraConfig as SoraConfig
 from weft.adapters.svfit import SvfitConfig as SvfitConfig
 from weft.adapters.tlora import TloraConfig as TloraConfig
 from weft.adapters.wara import WaraConfig as WaraConfig
+from weft.compress._engine import compress as compress
+from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
+from weft.compress.lord import LordConfig as LordConfig
+from weft.compress.svd import SvdConfig as SvdConfig
+from weft.compress.svd_llm import SvdLlmConfig as SvdLlmConfig
+from weft.compress.welore import WeloreConfig as WeloreConfig
 from weft.errors import UsageError as UsageError
 from weft.errors import WeftError as WeftError
 from weft.registry import Card as Card

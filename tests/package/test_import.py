@@ -9,6 +9,7 @@ import sys
 import pytest
 
 READY = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'WEFT_SORA' in m, sorted(m)\n"
+LOADABLE = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q; assert 'weft' in q, sorted(q)\n"
 HOOK_GONE = "assert not any('weft' in type(f).__module__ for f in sys.meta_path), sys.meta_path\n"
 
 
@@ -35,7 +36,40 @@ def test_import_is_light() -> None:
     ],
 )
 def test_methods_are_known_to_peft_in_any_import_order(imports: str) -> None:
-    run(f"{imports}\n{READY}{HOOK_GONE}")
+    run(f"{imports}\n{READY}{LOADABLE}{HOOK_GONE}")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import weft; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import weft",
+        "import transformers, weft",  # which loads its parts when they are used
+        "import weft.linear._transformers",
+    ],
+)
+def test_compressed_models_are_known_to_transformers_without_peft(imports: str) -> None:
+    only_peft = "assert [f.module for f in sys.meta_path if 'weft' in type(f).__module__] == ['peft'], sys.meta_path\n"
+    run(f"{imports}\n{LOADABLE}{only_peft}assert 'peft' not in sys.modules")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import weft; weft.compress; import weft.compress._engine, weft.compress.svd",
+        "import weft.compress.svd; import weft",
+        "from weft.compress import svd; import weft",
+        "from weft import compress; import weft.compress; import weft",
+    ],
+)
+def test_compress_is_the_function_whatever_of_its_package_was_imported(imports: str) -> None:
+    run(
+        f"{imports}\n"
+        "from weft.compress import _engine, svd\n"
+        "from weft import compress\n"
+        "assert weft.compress is compress is _engine.compress and compress.__name__ == 'compress'\n"
+        "assert weft.SvdConfig is svd.SvdConfig"
+    )
 
 
 def test_using_a_config_is_enough() -> None:

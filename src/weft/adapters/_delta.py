@@ -250,6 +250,8 @@ class Blocks(Several):
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         return y + self(x).to(y.dtype)
 
+    wraps = False  # each block would turn the input in its own way, and the layer is asked once
+
     @property
     def folds_narrow(self) -> bool:
         return all(d.folds_narrow for d in self.leaves)

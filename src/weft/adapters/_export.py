@@ -9,11 +9,7 @@ an SVD.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +27,7 @@ from weft.adapters._kinds import Conv, Embedding
 from weft.adapters._plugin import ParamWrapper, _Adapted
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
+from weft.linear._transformers import whole_folder
 from weft.registry import card
 
 Factors = tuple[Tensor, Tensor]  # B (out × r), A (r × in), with ΔW = B·A
@@ -68,7 +65,7 @@ def export(
         raise UsageError("--rank cuts an export to lora or merged; an adapter keeps the rank it was trained with")
     live = adapter if isinstance(adapter, PeftModel) else load(adapter, model)
     live.eval()
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         if to == "lora":
             report = _write_lora(live, folder, rank, compact)
         elif to == "merged":
@@ -105,22 +102,6 @@ def _labels(folder: Path) -> int:
             if key.endswith(("score.weight", "classifier.weight", "out_proj.weight")):
                 return file.get_slice(key).get_shape()[0]
     return 2
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name once everything is written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-        if out.exists():
-            out.rmdir()
-        os.replace(folder, out)
-        out.chmod(0o755)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, _Adapted]:

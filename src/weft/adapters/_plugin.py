@@ -33,6 +33,7 @@ from weft.adapters._quantised import (
 )
 from weft.adapters._targets import check_targets, tied_weights
 from weft.errors import UsageError
+from weft.linear._structured import Structured
 from weft.registry import card, cards, class_name
 
 logger = logging.getLogger("weft")
@@ -506,8 +507,10 @@ class AdapterModel(BaseTuner):
     wrapper_cls: type[ParamWrapper]
     target_module_mapping: dict[str, list[str]] = {}
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        outer = key.rpartition(".")[0]
+        if outer in self._structured and check_target_module_exists(peft_config, outer):
+            return False  # "all-linear" finds a structured layer, and once more the factors in it
         return check_target_module_exists(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -517,6 +520,7 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse before any work what no module could serve."""
         self._tied = tied_weights(model)
+        self._structured = {name for name, module in model.named_modules() if isinstance(module, Structured)}
         check_targets(model, peft_config, self.prefix)
 
     def _create_and_replace(

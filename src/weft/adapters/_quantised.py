@@ -1,7 +1,8 @@
-"""Base weights that a quantisation library keeps: read as dense, merged into by quantising anew.
+"""Base weights that are not kept as a matrix: read as dense, quantised ones merged into by quantising anew.
 
 PEFT knows the libraries (torchao, bitsandbytes, HQQ, GPTQ, AWQ and more) and how each gives a weight back and takes a
-new one. None of them is imported unless a model brings such a layer.
+new one. None of them is imported unless a model brings such a layer. The structured layers of a model that weft
+compressed are read the same way, and never written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 
 from weft.errors import UsageError
+from weft.linear._structured import Structured
 
 
 def is_plain(tensor: Any) -> bool:
@@ -23,12 +25,24 @@ def is_plain(tensor: Any) -> bool:
     return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and tensor.element_size() > 1
 
 
+class StructuredBackend(QuantizationBackend):
+    """A structured layer in PEFT's terms: it gives a dense weight where one describes it, and takes none."""
+
+    layer_type = "linear"
+    backend_name = "weft"
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        return base_layer.dense()
+
+
 def backend_of(layer: nn.Module, requantise: Callable[[], Any] | None = None) -> QuantizationBackend | None:
-    """PEFT's backend for a quantised layer, None for any other layer.
+    """PEFT's backend for a quantised layer, weft's for a structured one, None for any other layer.
 
     `requantise` gives torchao's configuration, which a model that transformers loaded remembers. Where it is not known,
     the weight can be read and not written.
     """
+    if isinstance(layer, Structured):
+        return StructuredBackend()
     if not hasattr(layer, "in_features") or (isinstance(layer, nn.Linear) and is_plain(layer.weight)):
         return None
     backend = resolve_quantization_backend(layer, get_apply_tensor_subclass=requantise or (lambda: None))
@@ -48,6 +62,8 @@ def dequantised(layer: nn.Module, backend: QuantizationBackend, name: str) -> Te
         layer.state_dict()  # evaluating on a CPU packs the weight in a form that only saving undoes
     try:
         return backend.get_base_weight(layer).detach()
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
     except (TypeError, NotImplementedError) as error:
         raise UsageError(
             f"{name} is quantised by {backend.backend_name}, which does not give the dense weight back that this needs"
@@ -66,6 +82,8 @@ def check_merge(layer: nn.Module, backend: QuantizationBackend, name: str) -> No
     """Raise UsageError where the library cannot take a new weight."""
     if backend.supports_merge:
         return
+    if isinstance(layer, Structured):
+        raise UsageError(f"{name} is stored as {layer.kind}, which cannot take another weight: keep the adapter apart")
     how = (
         "the model does not say how: load it with transformers' TorchAoConfig"
         if backend.backend_name == "torchao"

@@ -219,7 +219,18 @@ def config_for(method: Method, model: nn.Module) -> Any:
     if config is None:
         raise WeftError(f"{method.name} has no adapter to configure")
     config.task_type = task_type(model)
+    factors, excluded = _factors(model), getattr(config, "exclude_modules", "")  # "": the config has no such field
+    if factors and config.target_modules == "all-linear" and not isinstance(excluded, str):
+        # PEFT would find the layers of a compressed model, and once more the factors in them
+        config.exclude_modules = sorted({*(excluded or ()), *factors})
     return config
+
+
+def _factors(model: nn.Module) -> set[str]:
+    """What the modules inside of a compressed model's structured layers are called."""
+    from weft.linear._structured import Structured
+
+    return {name for layer in model.modules() if isinstance(layer, Structured) for name, _ in layer.named_children()}
 
 
 # Fields of a method's config that speak of the run: where they are not given, they follow it.

@@ -1,0 +1,98 @@
+"""The config that every compression method's config extends: how much is kept, of what, and who decides how much."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from weft.errors import UsageError, nearest
+
+
+@dataclass
+class CompressConfig:
+    """Fields that all compression methods share. A method adds its own, each with `metadata={"help": ...}`.
+
+    Raises UsageError for values that no model could serve; what depends on the model is checked when it is there.
+    """
+
+    keep: float = field(
+        default=0.75, metadata={"help": "share of the targeted matrices' stored bits to keep, above 0, at most 1"}
+    )
+    include: list[str] | str | None = field(
+        default=None, metadata={"help": "modules to compress: name endings or one regex; none takes every linear layer"}
+    )
+    exclude: list[str] | str | None = field(
+        default=None, metadata={"help": "modules to leave as they are: name endings or one regex"}
+    )
+    allocate: Literal["uniform", "energy", "water", "threshold", "block_influence"] = field(
+        default="uniform",
+        metadata={
+            "help": "who gets how much: the same share everywhere, the same explained share, the least sum of errors, "
+            "one threshold on singular values, or by each block's influence"
+        },
+    )
+    sequential: bool = field(
+        default=False, metadata={"help": "calibrate each block on what the compressed blocks before it pass on"}
+    )
+    guard: bool = field(default=True, metadata={"help": "leave a layer as it is where no smaller form saves bits"})
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def slug(cls) -> str:
+        """The method's name, which is its file's name."""
+        return cls.__module__.rpartition(".")[2]
+
+    def validate(self) -> None:
+        """Refuse values that cannot work. A method extends it for its own fields."""
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            raise UsageError(f"keep={self.keep!r}: the share of stored bits to keep is above 0 and at most 1")
+
+    @classmethod
+    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """The fields a user sets: the method's own first, then what all methods share."""
+        shared = {f.name for base in (CompressConfig, LowRankConfig) for f in dataclasses.fields(base)}
+        return sorted(dataclasses.fields(cls), key=lambda f: f.name in shared)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> CompressConfig:
+        """Build from user-given options; an unknown key raises UsageError with the nearest name."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in options:
+            if key not in known:
+                raise UsageError(f"{cls.slug()} has no option {key!r}: {nearest(key, known)}")
+        return cls(**options)
+
+
+@dataclass
+class LowRankConfig(CompressConfig):
+    """Options of methods that store two thin factors."""
+
+    round_to: int = field(default=1, metadata={"help": "ranks are multiples of this (128 suits GPUs)"})
+
+    def validate(self) -> None:
+        super().validate()
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise UsageError(f"round_to={self.round_to!r} must be a whole number of at least 1")
+
+
+@dataclass
+class CalibratedConfig(CompressConfig):
+    """Options of methods that weigh errors by what the layers receive."""
+
+    shrink: float | Literal["auto"] = field(
+        default=0.0,
+        metadata={
+            "help": "how far second moments move towards a multiple of the identity, 0 to 1, or auto (Ledoit-Wolf): "
+            "guards against a calibration text that is unlike what follows"
+        },
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.shrink != "auto" and not (isinstance(self.shrink, int | float) and 0 <= self.shrink <= 1):
+            raise UsageError(f"shrink={self.shrink!r}: a share between 0 and 1, or 'auto'")
+
+

@@ -1,0 +1,139 @@
+"""What a method says of one layer: how it is taken apart once, and put together at any size."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from weft.algebra.shrink import shrink
+from weft.algebra.statistics import Moments
+from weft.algebra.svd import weighted_svd
+from weft.compress._allocate import Menus, Sizes, allocate
+from weft.compress._calibration import Statistics
+from weft.compress._config import CompressConfig, LowRankConfig
+from weft.compress._layers import Layer
+from weft.linear._structured import Structured
+from weft.linear.low_rank import LowRank
+
+C = TypeVar("C", bound=CompressConfig)
+Tensors = dict[str, Tensor]
+Weight = Tensor | None  # None: unweighted; a vector: diagonal; a matrix: a second moment
+
+
+class Factoriser(ABC, Generic[C]):
+    """One method. `decompose` is the work, done once a layer and kept on disk; `build` makes the layer from it."""
+
+    kind: ClassVar[str]  # of structured layer that it makes
+    nested: ClassVar[bool] = True  # whether every size is cut from one decomposition; else each is work of its own
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def needs(self, layer: Layer) -> tuple[str, ...]:
+        """The statistics to collect: "input", "output", "fisher"."""
+        return ()
+
+    def allocate(self, menus: Menus) -> Sizes:
+        """A size for each layer; a method with a rule of its own says it here."""
+        return allocate(self.config.allocate, menus, self.config.keep, guard=self.config.guard)
+
+    @abstractmethod
+    def sizes(self, layer: Layer) -> Sequence[int]:
+        """The sizes that a layer can have, ascending."""
+
+    @abstractmethod
+    def bits(self, layer: Layer, size: int) -> int:
+        """What the layer's matrix takes at one size, and whatever else the method stores for it."""
+
+    def adds_bias(self, layer: Layer) -> bool:
+        """Whether the replacement has a bias that the layer lacks: a stock model then has no place for it."""
+        return False
+
+    def operations(self, layer: Layer) -> tuple[float, float] | None:
+        """What `decompose` takes: operations in matrix products, and in eigenvectors; None where nobody has counted.
+
+        Eigenvectors of d × d count 9·d³. They run at a fraction of the speed of products.
+        """
+        return None
+
+    @abstractmethod
+    def decompose(self, layer: Layer, statistics: Statistics, size: int | None) -> Tensors:
+        """The tensors of one layer; `size` is None for a nested method, which keeps what any size is cut from.
+
+        `errors` is the share of the objective that is left: one number a size where nested, one number else.
+        """
+
+    @abstractmethod
+    def build(self, layer: Layer, tensors: Tensors, size: int) -> Structured:
+        """The layer's replacement, in the layer's dtype."""
+
+
+L = TypeVar("L", bound=LowRankConfig)
+
+
+class LowRankFactoriser(Factoriser[L]):
+    """y = B(Ax) + b from one singular value decomposition of L·W·R; a method says what L and R are."""
+
+    kind = "low_rank"
+
+    def weights(self, layer: Layer, statistics: Statistics) -> tuple[Weight, Weight]:
+        """The left (out) and right (in) weights of the error."""
+        return None, None
+
+    def sizes(self, layer: Layer) -> Sequence[int]:
+        whole = min(layer.out, layer.in_)
+        # of a matrix that is nearly square, no rank above the break-even can be wanted: keep no factors for it
+        most = min(whole, (layer.out * layer.in_ - 1) // (layer.out + layer.in_)) if self.config.guard else whole
+        return range(self.config.round_to, most + 1, self.config.round_to)
+
+    def bits(self, layer: Layer, size: int) -> int:
+        return size * (layer.out + layer.in_) * layer.weight.element_size() * 8
+
+    def operations(self, layer: Layer) -> tuple[float, float] | None:
+        short, long = sorted((layer.out, layer.in_))
+        ranks = self.sizes(layer)
+        if not len(ranks):
+            return 0.0, 0.0
+        q = 1.5 * ranks[-1] + 16
+        sketched = 4 * q <= short  # where `weighted_svd` finds a range first
+        products, eigen = (12.0 * short * long * q, 9 * q**3) if sketched else (1.0 * short**2 * long, 9.0 * short**3)
+        if {"input", "output"} & set(self.needs(layer)):  # the root of a moment, and its product with W
+            side = layer.in_ if "input" in self.needs(layer) else layer.out
+            products += side**3 / 3 + 2 * side * layer.out * layer.in_
+        return products + 2 * layer.out * layer.in_ * ranks[-1], eigen
+
+    def decompose(self, layer: Layer, statistics: Statistics, size: int | None = None) -> Tensors:
+        left, right = self.weights(layer, statistics)
+        ranks = self.sizes(layer)
+        found = weighted_svd(layer.wide, left=left, right=right, rank=ranks[-1])
+        up, down = found.factors(ranks[-1], split="even")
+        return {"up": up, "down": down, "errors": left_over(found.spectrum, ranks, found.rest)}
+
+    def build(self, layer: Layer, tensors: Tensors, size: int) -> Structured:
+        return LowRank.from_factors(tensors["up"][:, :size], tensors["down"][:size], layer.bias, layer.weight.dtype)
+
+
+def left_over(spectrum: Tensor, ranks: Sequence[int], rest: float = 0.0) -> Tensor:
+    """Σ_{j>r} σ_j² / Σ σ² for each rank: what a cut leaves of the objective. `rest` is Σσ² beyond the spectrum."""
+    squares = spectrum.double().square()
+    tails = torch.cat([squares, squares.new_tensor([rest])])  # summed from the small end, where little would drown
+    tails = tails.flip(0).cumsum(0).flip(0)
+    return tails[list(ranks)] / tails[0].clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def moment(moments: Moments | None, shrinkage: float | Literal["auto"], *, centred: bool = False) -> Tensor:
+    """E[xxᵀ], or the covariance, moved towards a multiple of the identity."""
+    assert moments is not None
+    s = moments.covariance if centred else moments.second_moment
+    return shrink(s, shrinkage, n=moments.n, fourth=moments.fourth(centred=centred))
+
+
+def factoriser(slug: str, config: Any) -> Factoriser[Any]:
+    """The method called `slug`."""
+    from weft import registry
+
+    return getattr(registry.load(slug), registry.class_name(slug, "Factoriser"))(config)

@@ -1,0 +1,118 @@
+"""Which matrices of a model are compressed, and the blocks that they lie in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weft.errors import UsageError
+from weft.linear._structured import Structured
+
+_REGEX = re.compile(r"[*+?()\[\]|\\^$]")  # a string with one of these is a regex, any other a name's ending
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a model, nn.Linear or transformers' Conv1D, seen as W (out × in)."""
+
+    name: str
+    module: nn.Module
+    block: str  # the name of the block that holds it, "" where the model has none
+
+    @property
+    def weight(self) -> Tensor:
+        """W, out × in, in the model's dtype."""
+        w = self.module.weight.detach()  # type: ignore[union-attr,operator]
+        return w.mT if isinstance(self.module, Conv1D) else w
+
+    @property
+    def wide(self) -> Tensor:
+        """W in float32 at least, to compute with."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    @property
+    def out(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """What W takes as it is stored."""
+        return self.weight.numel() * self.weight.element_size() * 8
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, in order: the entries of the module list that holds most of its weights."""
+    best: dict[str, nn.Module] = {}
+    most = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
+            size = sum(p.numel() for p in module.parameters())
+            inner = [m for m in module.modules() if m is not module and isinstance(m, nn.ModuleList)]
+            if size > most and not any(sum(p.numel() for p in m.parameters()) == size for m in inner):
+                most = size
+                best = {f"{name}.{i}" if name else str(i): child for i, child in enumerate(module)}
+    return best
+
+
+def targets(model: nn.Module, include: list[str] | str | None, exclude: list[str] | str | None) -> list[Layer]:
+    """The linear layers to compress, in the model's order.
+
+    Left out by themselves: output heads, weights that several modules share, quantised ones, and factors of layers that
+    are compressed already. Raises UsageError, with a list of what there is, where nothing is left.
+    """
+    shared: dict[int, int] = {}
+    for parameter in (p for _, p in model.named_parameters(remove_duplicate=False)):
+        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+    apart = {id(part) for part in _heads(model)}
+    apart |= {id(part) for layer in model.modules() if isinstance(layer, Structured) for part in layer.modules()}
+    places = blocks(model)
+    found, there = [], []
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, Conv1D) or not name:
+            continue
+        weight = module.weight
+        if id(module) in apart or shared.get(id(weight), 0) > 1 or not weight.is_floating_point():
+            continue
+        there.append(name)
+        if (include is None or matches(include)(name)) and not (exclude is not None and matches(exclude)(name)):
+            block = next((b for b in places if name.startswith(f"{b}.")), "")
+            found.append(Layer(name, module, block))
+    if not there:
+        raise UsageError(f"{type(model).__name__} has no linear layer to compress")
+    if not found:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
+        raise UsageError(f"include={include!r}, exclude={exclude!r} leave no linear layer; there are: {names}")
+    return found
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [getattr(model, name) for name in ("score", "classifier", "lm_head") if hasattr(model, name)]
+    return [m for part in [head, *named] if isinstance(part, nn.Module) for m in part.modules()]
+
+
+def matches(pattern: list[str] | str) -> Callable[[str], bool]:
+    """A test of module names: endings between dots ("mlp.up_proj"), or one regular expression of the whole name."""
+    if isinstance(pattern, str) and _REGEX.search(pattern):
+        try:
+            whole = re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
+        return lambda name: whole.fullmatch(name) is not None
+    endings = pattern.split(",") if isinstance(pattern, str) else pattern
+    return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in endings)

@@ -1,0 +1,76 @@
+"""Finished work on disk: what one layer was taken apart into, one file a layer, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from weft.errors import UsageError
+
+
+class Store:
+    """A folder of finished layers that belongs to one request; without a folder, finished layers stay in memory.
+
+    Raises UsageError where the folder holds the work of another request.
+    """
+
+    def __init__(self, folder: Path | None, request: dict[str, Any]) -> None:
+        self.folder = folder
+        self._kept: dict[str, dict[str, Tensor]] = {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = folder / "request.json"
+        wanted = json.loads(json.dumps(request))
+        if stamp.exists():
+            there = json.loads(stamp.read_text(encoding="utf-8"))
+            for name in [*there, *(n for n in wanted if n not in there)]:
+                if there.get(name) != wanted.get(name):
+                    raise UsageError(
+                        f"{folder} holds unfinished work with {_other(name, there.get(name), wanted.get(name))}; give "
+                        "the same command again, or remove the folder"
+                    )
+            return
+        _whole(stamp, lambda path: path.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+
+    def _path(self, layer: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{layer}.safetensors"
+
+    def __contains__(self, layer: str) -> bool:
+        return layer in self._kept if self.folder is None else self._path(layer).exists()
+
+    def put(self, layer: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a finished layer; it is on the disk when this returns."""
+        tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+        if self.folder is None:
+            self._kept[layer] = tensors
+        else:
+            _whole(self._path(layer), lambda path: save_file(tensors, str(path)))
+
+    def get(self, layer: str) -> dict[str, Tensor]:
+        """A finished layer's tensors."""
+        return self._kept[layer] if self.folder is None else load_file(str(self._path(layer)))
+
+
+def _other(name: str, there: Any, wanted: Any) -> str:
+    """What differs, by its value where that is short, by its key in a table of many."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        key = next(k for k in [*there, *wanted] if there.get(k) != wanted.get(k))
+        return f"{name}: {_other(key, there.get(key), wanted.get(key))}"
+    short = all(isinstance(value, str | int | float | None) for value in (there, wanted))
+    return f"{name} {there!r}, and this has {wanted!r}" if short else f"other {name}"
+
+
+def _whole(path: Path, write: Any) -> None:
+    """Write beside, flush, rename: the file is there whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    write(draft)
+    with open(draft, "rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)

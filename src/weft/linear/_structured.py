@@ -1,0 +1,141 @@
+"""What every way of storing a matrix has in common: a layer that multiplies by it, its description, and its size.
+
+A kind is one file of this folder: `low_rank.py` defines `LowRank`, and `{"kind": "low_rank"}` in a model's config.json
+means it. Files are found by walking the folder. A kind defines its constructor, `from_dense`, `options`, `forward` and
+`dense`; what is trained are its Parameters, what is stored besides are its persistent buffers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import skip_init
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+import weft.linear
+from weft.errors import UsageError, nearest
+from weft.registry import class_name
+
+
+# torchao takes every nn.Linear by its weight except this one, and so comes to the factors inside
+class Structured(NonDynamicallyQuantizableLinear):
+    """y = x·Wᵀ + b with W (out × in) stored in some other form than a matrix.
+
+    PEFT, weft's adapters and stock models meet an nn.Linear, all but its weight: `weight` is a stored tensor without
+    elements. It has the dtype and the device that are asked of a weight, and no shape that a matrix could have, so that
+    whoever takes it for the matrix (a transformers that loads the checkpoint without weft, a merge) fails.
+    """
+
+    version: ClassVar[int] = 1  # of the stored form
+    linear: ClassVar[bool] = True  # whether a matrix describes it
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    @property
+    def kind(self) -> str:
+        """The file's name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """b (out), wherever the kind keeps it."""
+        raise NotImplementedError(f"{type(self).__name__} must define bias")
+
+    def options(self) -> dict[str, Any]:
+        """The kind's own keywords of its constructor, as JSON has them."""
+        return {}
+
+    def spec(self) -> dict[str, Any]:
+        """What config.json says of the layer; `empty` reads it."""
+        return {"kind": self.kind, "version": self.version, **self.options(), "bias": self.bias is not None}
+
+    def dense(self) -> Tensor:
+        """W (out × in), rounded once to the layer's dtype. Raises UsageError where no matrix describes the layer."""
+        raise UsageError(f"a layer of kind {self.kind} is no linear map, so it has no dense weight")
+
+    def derive(self) -> None:
+        """Compute what is not stored, the buffers that are not persistent, after the rest was loaded."""
+
+    def extra_repr(self) -> str:
+        own = "".join(f", {name}={value}" for name, value in self.options().items())
+        return super().extra_repr() + own
+
+
+def kinds() -> dict[str, type[Structured]]:
+    """All kinds by name."""
+    return {name: _kind(name) for name in _names()}
+
+
+def _names() -> list[str]:
+    return sorted(info.name for info in pkgutil.iter_modules(weft.linear.__path__) if not info.name.startswith("_"))
+
+
+def _kind(name: str) -> type[Structured]:
+    return getattr(importlib.import_module(f"weft.linear.{name}"), class_name(name, ""))
+
+
+def empty(
+    spec: dict[str, Any],
+    in_features: int,
+    out_features: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Structured:
+    """The layer that a spec describes, without values. Raises UsageError where this weft does not know such a layer."""
+    options = dict(spec)
+    name, version = options.pop("kind", None), options.pop("version", 1)
+    if name not in _names():
+        raise UsageError(f"unknown kind of layer {name!r}: {nearest(str(name), _names())}")
+    kind = _kind(name)
+    if version > kind.version:
+        raise UsageError(f"{name} has version {version} here, and this weft reads up to {kind.version}: upgrade weft")
+    try:
+        inspect.signature(kind).bind(in_features, out_features, **options)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}") from error
+    return kind(in_features, out_features, **options, device=device, dtype=dtype)
+
+
+def bare_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Linear:
+    """An nn.Linear without values: a dense factor of some kind. Draws no random numbers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a factor of rank 0
+        return skip_init(nn.Linear, in_features, out_features, bias=bias, device=device or "cpu", dtype=dtype)
+
+
+def stored_bits(layer: nn.Module, *, bias: bool = False) -> int:
+    """Bits of a layer's tensors in a checkpoint, dense or structured: values, indices, masks and scales as stored.
+
+    The bias counts only if asked for: it is there before and after, and no part of the matrix.
+    """
+    own = getattr(layer, "bias", None)
+    return sum(_bits(t) for t in layer.state_dict(keep_vars=True).values() if bias or t is not own)
+
+
+def _bits(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):  # a quantised factor: its codes and scales
+        return sum(_bits(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return 8 * tensor.numel() * tensor.element_size()

@@ -1,0 +1,221 @@
+"""Compressed models as ordinary transformers models: saved by `save_pretrained`, loaded by `from_pretrained`.
+
+config.json describes every structured layer, by its name in the base model, so that the base class, every head class
+and the Auto classes find it:
+
+    "quantization_config": {"quant_method": "weft", "format": 1,
+                            "modules": {"layers.0.mlp.up_proj": {"kind": "low_rank", "version": 1, "rank": 64, …}}}
+
+transformers calls whatever replaces modules before loading a quantizer. Importing this file makes weft's known to it.
+Without weft, loading raises: the checkpoint's `….up_proj.weight` has no elements and fits no matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from weft.errors import UsageError, WeftError
+from weft.linear._structured import Structured, empty
+
+FORMAT = 1
+Specs = dict[str, dict[str, Any]]
+
+
+@register_quantization_config("weft")
+class WeftFormat(QuantizationConfigMixin):
+    """What config.json says of the structured layers of a model."""
+
+    def __init__(self, modules: Specs, format: int = FORMAT, quant_method: str = "weft", **unknown: Any) -> None:
+        if format > FORMAT:
+            raise UsageError(f"the model has weft's format {format}, and this weft reads up to {FORMAT}: upgrade weft")
+        if unknown:
+            raise UsageError(f"the model's quantization_config has a field {min(unknown)!r}, which weft does not know")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own are members of an enum
+        self.format, self.modules = format, modules
+
+
+@register_quantizer("weft")
+class WeftQuantizer(HfQuantizer):
+    """Puts empty structured layers into a model before its weights are loaded, and describes them when it is saved."""
+
+    quantization_config: WeftFormat
+    requires_calibration = True  # a dense checkpoint cannot be loaded into structured layers
+    is_trainable = True
+    is_qat_trainable = True  # every parameter of a structured layer can be trained
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        whole = type(model).__name__ in (model.config.architectures or ())
+        for name, spec in self.quantization_config.modules.items():
+            found = _resolve(model, name)
+            if found is None:
+                if whole:
+                    raise UsageError(f"config.json describes {name}, which {type(model).__name__} does not have")
+                continue  # a head's, and the model has another head or none
+            old = model.get_submodule(found)
+            out, in_ = _shape(old, found)
+            try:
+                layer = empty(spec, in_, out, old.weight.device, old.weight.dtype)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from error
+            model.set_submodule(found, layer.train(old.training))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, layer in structured_layers(model).items():
+            # transformers marks what it loaded, only warns of what it did not, and leaves on meta what lies on disk
+            stored = layer.state_dict(keep_vars=True).items()
+            missing = [key for key, t in stored if not (t.is_meta or getattr(t, "_is_hf_initialized", False))]
+            if missing:
+                raise WeftError(f"the checkpoint misses {name}.{missing[0]}")
+            layer.derive()
+        model.is_quantized = False  # it may be cast and trained as any other
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Called first by `save_pretrained`: what is written describes the model as it is now."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is written
+            model.config.quantization_config = self.quantization_config = WeftFormat(_describe(model))
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return to_dense(model)
+
+
+def structured_layers(model: nn.Module) -> dict[str, Structured]:
+    """The structured layers of a model by name. Raises UsageError where an adapter lies on one."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Structured)}
+    for name in layers:
+        if name.endswith(".base_layer"):
+            raise UsageError(f"{name.removesuffix('.base_layer')} has an adapter on it: save that apart, and unload it")
+    return layers
+
+
+def _describe(model: Any) -> Specs:
+    """The spec of every structured layer, by its name in the base model; a head's by its name in the model."""
+    names = {id(module): name for name, module in model.base_model.named_modules()}
+    specs = {}
+    for name, layer in structured_layers(model).items():
+        for key, t in layer.state_dict().items():
+            if type(t).__module__.startswith("torchao"):
+                raise UsageError(
+                    f"{name}.{key} is quantised ({type(t).__name__}): save first, and quantise what was loaded"
+                )
+        specs[names.get(id(layer), name)] = layer.spec()
+    return specs
+
+
+def _resolve(model: Any, name: str) -> str | None:
+    """The name in the model of what `_describe` called `name`, or None where the model lacks it."""
+    for full in (name if model.base_model is model else f"{model.base_model_prefix}.{name}", name):
+        try:
+            model.get_submodule(full)
+        except AttributeError:
+            continue
+        return full
+    return None
+
+
+def _shape(layer: nn.Module, name: str) -> tuple[int, int]:
+    """out × in of a stock linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    raise UsageError(f"config.json describes {name} as a structured layer, but it is a {type(layer).__name__}")
+
+
+def attach_format(model: Any) -> Any:
+    """Make a transformers model whose layers were replaced by structured ones save itself as what it is; returns it.
+
+    `model.save_pretrained(folder)`, and so Trainer, writes a checkpoint that loads wherever weft was imported. A model
+    without structured layers stays a stock one.
+
+    Raises UsageError where a weight that the model ties to another was replaced, or the model is quantised.
+    """
+    layers = structured_layers(model)
+    other = getattr(model, "hf_quantizer", None)
+    if other is not None and not isinstance(other, WeftQuantizer):
+        method = other.quantization_config.quant_method
+        raise UsageError(f"the model is quantised by {getattr(method, 'value', method)}: compress it first")
+    tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
+    for name in layers:
+        if f"{name}.weight" in tied:
+            raise UsageError(f"{name} is tied to {tied[f'{name}.weight']}, so it must stay dense")
+    if layers:
+        model.hf_quantizer = WeftQuantizer(WeftFormat(_describe(model)))
+        model.config.quantization_config = model.hf_quantizer.quantization_config
+        model.config._is_quantized = True  # by which some models keep their hands off weights; set after loading too
+    return model
+
+
+def save_compressed(model: Any, folder: str | Path, **options: Any) -> None:
+    """Save a model with structured layers, whole or not at all; `options` are those of `save_pretrained`.
+
+    Raises UsageError where the folder holds something already.
+    """
+    with whole_folder(Path(folder)) as partial:
+        attach_format(model).save_pretrained(partial, **options)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name once everything is written; what a killed process left is removed.
+
+    Raises UsageError where `out` holds something already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already; name a new folder")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@torch.no_grad()
+def to_dense(model: Any) -> Any:
+    """Put the stock layer with the same values in place of every structured one; returns the model, now a stock one.
+
+    Raises UsageError, the model being as it was, where a layer is no linear map or has a bias that the stock one lacks.
+    """
+    layers = structured_layers(model)
+    with torch.device("meta"):
+        stock = type(model)(copy.deepcopy(model.config))
+    places = {name: stock.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        if not layer.linear:
+            raise UsageError(f"{name} has no dense form: {layer.kind} is no linear map")
+        if layer.bias is not None and places[name].bias is None:
+            raise UsageError(f"{name} has no dense form: {type(model).__name__} has no place for its bias")
+    for name, layer in layers.items():
+        place: Any = places[name]
+        dense = layer.dense()
+        place.weight = nn.Parameter((dense.mT if isinstance(place, Conv1D) else dense).contiguous())
+        if place.bias is not None:
+            bias = dense.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
+            place.bias = nn.Parameter(bias)
+        model.set_submodule(name, place.train(layer.training))
+    if isinstance(getattr(model, "hf_quantizer", None), WeftQuantizer):
+        model.hf_quantizer.remove_quantization_config(model)
+    return model

@@ -1,0 +1,271 @@
+"""The laws of compression, tried on every method of the registry."""
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))  # models.py
+
+from models import MODELS, Plain, batches, llama
+
+import weft
+from weft.compress import _engine
+from weft.compress._calibration import Corpus, calibrate
+from weft.compress._engine import compress
+from weft.compress._factoriser import factoriser
+from weft.compress._layers import targets
+from weft.errors import UsageError
+from weft.linear._structured import Structured, stored_bits
+
+METHODS = sorted(weft.cards("compress"))
+every_method = pytest.mark.parametrize("method", METHODS)
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def logits(model, data):
+    with torch.no_grad():
+        return model(**data[0]).logits
+
+
+def parts(method, model, data, **options):
+    """The method, its layers, and their statistics, without the engine."""
+    config = weft.config_class(method)(**options)
+    maker, layers = factoriser(method, config), targets(model, None, None)
+    needs = {layer.name: maker.needs(layer) for layer in layers}
+    return maker, layers, calibrate(model, [Corpus(data)], layers, needs)
+
+
+# 1. keep = stored bits after / before
+
+
+@every_method
+@every_model
+@pytest.mark.parametrize("keep", [0.8, 0.5])
+def test_what_is_stored_is_what_was_promised(method, name, keep):
+    model = MODELS[name]()
+    before = {layer.name: layer for layer in targets(model, None, None)}
+    biased = {n for n, layer in before.items() if layer.bias is not None}
+    dense = sum(layer.bits for layer in before.values())
+    report = compress(model, method, keep=keep, data=batches(model))
+    stored = 0
+    for row in report.rows:
+        layer = model.get_submodule(row.name)
+        if row.size is None:
+            assert type(layer) in (torch.nn.Linear, Conv1D)
+            stored += row.dense
+        else:
+            own = stored_bits(layer, bias=row.name not in biased)  # a bias that the method brought along counts
+            assert own == row.bits < row.dense
+            stored += own
+    assert stored <= keep * dense
+    assert report.keep == pytest.approx(stored / dense)
+    steps = [_next_step(method, keep, before[row.name], row) for row in report.rows if row.size is not None]
+    assert stored + min(steps) > keep * dense
+
+
+def _next_step(method, keep, layer, row):
+    maker = factoriser(method, weft.config_class(method)(keep=keep))
+    larger = [size for size in maker.sizes(layer) if size > row.size and maker.bits(layer, size) < row.dense]
+    return (maker.bits(layer, larger[0]) if larger else row.dense) - row.bits
+
+
+# 2. keep = 1 replaces nothing; the full setting is the layer
+
+
+@every_method
+def test_keeping_all_replaces_nothing(method):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    report = compress(model, method, keep=1, data=batches(model))
+    assert report.replaced == 0 and report.keep == 1
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@every_method
+@every_model
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_the_full_setting_is_the_layer(method, name, dtype, tolerance):
+    model = MODELS[name]().to(dtype)
+    data = [{key: t.to(dtype) if t.is_floating_point() else t for key, t in batch.items()} for batch in batches(model)]
+    maker, layers, statistics = parts(method, model, data, guard=False)
+    for layer in layers:
+        size = maker.sizes(layer)[-1]
+        full = maker.build(layer, maker.decompose(layer, statistics[layer.name], size), size)
+        x = torch.randn(40, layer.in_, generator=torch.Generator().manual_seed(2), dtype=dtype)
+        with torch.no_grad():
+            expected, found = layer.module(x), full(x)
+        assert found.dtype == dtype
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+
+
+# 3. the objective never rises with size, and is what the rows say
+
+
+@every_method
+@every_model
+def test_errors_fall_with_size(method, name):
+    if "non_monotone" in weft.card(method).reasons:
+        pytest.skip(weft.card(method).reasons["non_monotone"])
+    model = MODELS[name]()
+    maker, layers, statistics = parts(method, model, batches(model), guard=False)
+    for layer in layers:
+        errors = maker.decompose(layer, statistics[layer.name], None)["errors"]
+        assert len(errors) == len(maker.sizes(layer))
+        assert bool((errors[1:] <= errors[:-1]).all()) and float(errors[0]) < 1 and abs(float(errors[-1])) < 1e-12
+
+
+# 4. from identical statistics, identical bits
+
+
+@every_method
+def test_the_same_call_gives_the_same_bits(method):
+    states = []
+    for _ in range(2):
+        model = llama(torch.float32)
+        compress(model, method, keep=0.5, data=batches(model))
+        states.append(model.state_dict())
+    assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+
+
+# 8. no finished layer is computed again
+
+
+class Killed(BaseException):
+    pass
+
+
+@every_method
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_interrupted_call_goes_on_where_it_was(method, sequential, tmp_path, monkeypatch):
+    options = {"keep": 0.5, "sequential": sequential}
+    whole = llama(torch.float32)
+    compress(whole, method, data=batches(whole), **options)
+
+    done: list[str] = []
+    maker_class = type(factoriser(method, weft.config_class(method)()))
+    decompose = maker_class.decompose
+
+    def counted(self, layer, statistics, size):
+        if len(done) == 9 and not resumed:
+            raise Killed
+        done.append(layer.name)
+        return decompose(self, layer, statistics, size)
+
+    resumed = False
+    monkeypatch.setattr(maker_class, "decompose", counted)
+    model = llama(torch.float32)
+    with pytest.raises(Killed):
+        compress(model, method, data=batches(model), work=tmp_path / "work", **options)
+    resumed = True
+    model = llama(torch.float32)
+    compress(model, method, data=batches(model), work=tmp_path / "work", **options)
+    assert sorted(done) == sorted(set(done)) and len(done) == 14
+    assert all(torch.equal(t, whole.state_dict()[name]) for name, t in model.state_dict().items())
+    with pytest.raises(UsageError, match="unfinished work"):
+        other = llama(torch.float32)
+        compress(other, method, data=batches(other)[:1], work=tmp_path / "work", **options)
+
+
+# 9. odd shapes, Conv1D, biases, bf16, tied embeddings: MODELS above have them
+
+
+@every_method
+def test_a_bfloat16_model_stays_one(method):
+    model = llama(torch.bfloat16)
+    reference = llama(torch.bfloat16)
+    compress(model, method, keep=0.7, data=batches(model))
+    layers = [m for m in model.modules() if isinstance(m, Structured)]
+    assert layers and all(p.dtype == torch.bfloat16 for layer in layers for p in layer.parameters())
+    assert torch.isfinite(logits(model, batches(model))).all()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, reference.lm_head.weight)
+
+
+# the engine beside the laws
+
+
+@every_method
+def test_what_a_method_needs_is_asked_for(method):
+    model = llama()
+    if weft.card(method).needs:
+        with pytest.raises(UsageError, match=f"{method} needs calibration data"):
+            compress(model, method, keep=0.5)
+    else:
+        assert compress(model, method, keep=0.5).replaced
+
+
+@every_method
+@pytest.mark.parametrize("allocate", ["energy", "water", "threshold", "block_influence"])
+def test_every_allocator_serves_every_method(method, allocate):
+    model = llama(torch.float32)
+    report = compress(model, method, keep=0.6, allocate=allocate, data=batches(model))
+    assert 0.55 < report.keep <= 0.6
+    assert torch.isfinite(logits(model, batches(model))).all()
+
+
+@every_method
+def test_a_plan_is_what_comes_out(method):
+    model = llama(torch.float32)
+    planned = _engine.plan(model, method, keep=0.5)
+    assert planned is not None
+    report = compress(model, method, keep=0.5, data=batches(model))
+    assert [replace(row, error=None) for row in report.rows] == [replace(row, error=None) for row in planned]
+    assert _engine.plan(llama(), method, keep=0.5, allocate="water") is None
+
+
+def test_sequential_statistics_come_from_the_compressed_blocks():
+    reports = {}
+    for sequential in (False, True):
+        model = llama(torch.float64)
+        compress(model, "svd_llm", keep=0.4, sequential=sequential, data=batches(model))
+        reports[sequential] = model
+    first, second = (
+        [reports[s].get_submodule(f"model.layers.{i}.mlp.down_proj").dense() for s in (False, True)] for i in (0, 1)
+    )
+    assert torch.equal(*first) and not torch.equal(*second)
+
+
+def test_sequential_calibration_cannot_compare_errors():
+    with pytest.raises(UsageError, match="sequential=False"):
+        compress(llama(), "svd_llm", sequential=True, allocate="water", data=batches(llama()))
+
+
+def test_a_compressed_model_can_be_compressed_further():
+    model = llama()
+    first = compress(model, "svd", keep=0.5, include="up_proj")
+    second = compress(model, "lord", keep=0.5, data=batches(model))
+    assert {row.name for row in first.rows}.isdisjoint(row.name for row in second.rows)
+    assert len(first.rows) + len(second.rows) == 14
+    assert torch.isfinite(logits(model, batches(model))).all()
+
+
+def test_include_and_exclude():
+    model = llama()
+    report = compress(model, "svd", keep=0.5, include=["mlp.up_proj", "q_proj"], exclude=r"model\.layers\.0\..*")
+    assert [row.name for row in report.rows] == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    with pytest.raises(UsageError, match="there are: down_proj, gate_proj"):
+        compress(llama(), "svd", include="up_prj")
+
+
+@every_method
+def test_weights_that_are_not_finite_are_named(method):
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.up_proj has weights that are not finite"):
+        compress(model, method, data=batches(model))
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(UsageError, match="no linear layer"):
+        compress(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), "svd")
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True, "half"])
+def test_keep_is_a_share(keep):
+    with pytest.raises(UsageError, match="keep="):
+        compress(Plain(), "svd", keep=keep)
