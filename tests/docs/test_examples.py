@@ -107,6 +107,11 @@ def _parse(words: list[str]) -> None:
     if name == "adapt" and not given["config"]:
         own = {key: value for key, value in given.items() if key not in ("config", "dry_run", "resume")}
         request({key: value for key, value in own.items() if value is not None})
+    if name == "compress" and not given["config"]:
+        from weft.run import compress
+
+        own = {key: value for key, value in given.items() if key not in ("config", "plan", "resume")}
+        compress.request({key: value for key, value in own.items() if value is not None})
     if name == "compare":
         from weft.run.budget import parse_budget
         from weft.run.methods import resolve

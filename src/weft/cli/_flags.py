@@ -36,6 +36,12 @@ def parameter(option: Option, panel: str, key: str | None = None) -> inspect.Par
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
 
 
+def own(name: str, kind: Any, help_text: str, *flags: str) -> inspect.Parameter:
+    """A keyword parameter that is no typed option: what the verb itself is told."""
+    info = typer.Option(*flags, help=help_text, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
+
+
 def _shown(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
     return text.replace("[", "\\[")
@@ -51,3 +57,23 @@ def function(body: Callable[..., None], parameters: list[inspect.Parameter], doc
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     return command
+
+
+def method_of(argv: list[str]) -> str | None:
+    """The method that words which are not parsed yet name, in a flag or in their run file."""
+    from weft.run.adapt import read_run_file
+
+    path = _value(argv, "--config")
+    method = _value(argv, "--method") or (read_run_file(path).get("method") if path else None)
+    return method if isinstance(method, str) else None
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The value of a flag; the last one counts."""
+    found = None
+    for position, word in enumerate(argv):
+        if word == flag and position + 1 < len(argv):
+            found = argv[position + 1]
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found

@@ -5,14 +5,11 @@ A method's own options appear in `weft adapt --method sora --help`. Every option
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from weft.cli import _flags
 from weft.errors import UsageError, WeftError
@@ -27,17 +24,12 @@ Every option is also a key of a YAML run file (--config); OUT/run.yaml repeats t
 when the same command is started again."""
 
 
-def _own(name: str, kind: Any, help_text: str, *flags: str) -> inspect.Parameter:
-    info = typer.Option(*flags, help=help_text, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
-
-
 def build(argv: list[str]) -> Callable[..., None]:
     """The command for these words: with the options of the method that they name, in a flag or in their run file."""
     parameters = [
-        _own("config", str | None, "YAML run file; flags override it.", "--config"),
-        _own("dry_run", bool | None, "Show modules, parameters and memory; load no weights.", "--dry-run"),
-        _own(
+        _flags.own("config", str | None, "YAML run file; flags override it.", "--config"),
+        _flags.own("dry_run", bool | None, "Show modules, parameters and memory; load no weights.", "--dry-run"),
+        _flags.own(
             "resume",
             bool | None,
             "Go on from the newest complete checkpoint, or start over; by default the same unfinished run goes on.",
@@ -46,7 +38,7 @@ def build(argv: list[str]) -> Callable[..., None]:
     ]
     common = _adapt.run_options()
     parameters += [_flags.parameter(option, _panel(option)) for option in common]
-    method = _word(argv, "--method") or _method_of_file(_word(argv, "--config"))
+    method = _flags.method_of(argv)
     doc = _DOC
     if method is None:
         doc += "\n\nA method's own options: [bold]weft adapt --method NAME --help[/bold]"
@@ -62,22 +54,6 @@ def build(argv: list[str]) -> Callable[..., None]:
 
 def _panel(option: Option) -> str:
     return "What" if option.name in _adapt.AdaptOptions.__dataclass_fields__ else "Training"
-
-
-def _word(argv: list[str], flag: str) -> str | None:
-    """The value of a flag among words that are not parsed yet; the last one counts."""
-    found = None
-    for position, word in enumerate(argv):
-        if word == flag and position + 1 < len(argv):
-            found = argv[position + 1]
-        elif word.startswith(flag + "="):
-            found = word.partition("=")[2]
-    return found
-
-
-def _method_of_file(path: str | None) -> str | None:
-    method = _adapt.read_run_file(path).get("method") if path else None
-    return method if isinstance(method, str) else None
 
 
 def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -235,6 +237,28 @@ def _dataset(encoder: _Encoder, rows: list[sources.Row]) -> Dataset:
         for start in range(0, len(rows), _BATCH)
     ]
     return Dataset(pyarrow.Table.from_batches(batches, schema=schema))
+
+
+def draw(
+    rows: sources.Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Tokenised sequences of the training rows, drawn by seed: one of each text, then further ones of each in turn.
+
+    `count` at most; no more rows are tokenised than that takes.
+    """
+    dice = random.Random(f"{seed}/calibration")
+    encoder = _Encoder(tokenizer, rows.kind, max_length)
+    first: list[dict[str, Any]] = []
+    later: list[list[dict[str, Any]]] = []
+    for place in dice.sample(range(len(rows.train)), len(rows.train)):
+        pieces = encoder.encode([rows.train[place]], place)
+        dice.shuffle(pieces)
+        first += pieces[:1]
+        later.append(pieces[1:])
+        if len(first) == count:
+            return first
+    further = itertools.chain.from_iterable(itertools.zip_longest(*later))
+    return [*first, *(piece for piece in further if piece is not None)][:count]
 
 
 def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, torch.Tensor]:

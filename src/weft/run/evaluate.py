@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weft.run.data import IGNORED, collate
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from torch import nn
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -38,31 +41,44 @@ def measure_rows(
     bf16: bool = False,
 ) -> list[tuple[int, int, float, int, int]]:
     """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1)."""
+    batches = over_batches(measure_batch, [model], dataset, batch_size, rows, pad_token_id, bf16)
+    return sorted(itertools.chain.from_iterable(batches))
+
+
+def over_batches(
+    measure: Callable[..., T],
+    models: Sequence[nn.Module],
+    dataset: Dataset,
+    batch_size: int,
+    rows: Sequence[int],
+    pad_token_id: int = 0,
+    bf16: bool = False,
+) -> Iterator[T]:
+    """What `measure` finds in each batch, given its rows' numbers, their documents, labels, and each model's logits.
+
+    Logits of one batch are in memory at a time. Models are evaluated as such and left as they were.
+    """
     import torch
 
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    device = next(models[0].parameters()).device
+    were_training = [model.training for model in models]
     lengths = dataset.with_format(None)["input_ids"]
     by_length = sorted(rows, key=lambda row: (len(lengths[row]), row))  # little padding, the same batches every time
-    measured: list[tuple[int, int, float, int, int]] = []
     try:
-        with torch.inference_mode(), _autocast(device, bf16):
-            for batch in _batches(dataset, by_length, batch_size):
+        for model in models:
+            model.eval()
+        for start in range(0, len(by_length), batch_size):
+            numbers = by_length[start : start + batch_size]
+            batch = [dataset[row] for row in numbers]
+            documents = [row["document"] for row in batch]
+            with torch.inference_mode(), _autocast(device, bf16):
                 tensors = {name: value.to(device) for name, value in collate(batch, pad_token_id).items()}
                 labels = tensors.pop("labels")
-                logits = model(**tensors).logits
-                documents = [row["document"] for row in batch]
-                indices = by_length[len(measured) : len(measured) + len(batch)]
-                measured += _measure(indices, documents, logits, labels)
+                found = measure(numbers, documents, labels, *[model(**tensors).logits for model in models])
+            yield found
     finally:
-        model.train(was_training)
-    return sorted(measured)
-
-
-def _batches(dataset: Dataset, rows: list[int], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), batch_size):
-        yield [dataset[row] for row in rows[start : start + batch_size]]
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
 
 
 def _autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
@@ -71,9 +87,10 @@ def _autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMan
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-def _measure(
-    rows: Sequence[int], documents: list[int], logits: torch.Tensor, labels: torch.Tensor
+def measure_batch(
+    rows: Sequence[int], documents: list[int], labels: torch.Tensor, logits: torch.Tensor
 ) -> list[tuple[int, int, float, int, int]]:
+    """The entries of `measure_rows` for one batch."""
     from torch.nn.functional import cross_entropy
 
     if labels.dim() == 1:  # classes: logits (rows, classes), labels (rows,)

@@ -1,4 +1,4 @@
-"""Step time and peak memory of training, measured from outside the training loop.
+"""Step time and peak memory of training, measured from outside the training loop; peak memory of anything.
 
 Meant for a fresh process that is alone on the machine: an optimiser step is seen through torch's own step hook, so that
 what is timed is the loop which users run, data loading and all.
@@ -70,6 +70,20 @@ def measuring() -> Iterator[Measurement]:
     finally:
         log.setLevel(level)
         handle.remove()
+
+
+@contextmanager
+def measuring_memory() -> Iterator[Measurement]:
+    """Watch the memory of whatever is done inside; `peak_bytes` is there at the end."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    gc.collect()
+    before = _start_memory(on_gpu)
+    seen = Measurement()
+    yield seen
+    peak = _peak_memory(on_gpu)
+    seen.peak_bytes = None if peak is None or before is None else max(0, peak - before)
 
 
 def restart_peak() -> None:

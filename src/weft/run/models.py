@@ -102,6 +102,10 @@ def load_base(
         with init_empty_weights(include_buffers=True):
             model = auto.from_config(config, dtype=dtype)
         model.tie_weights()
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "weft":
+            from transformers.quantizers.auto import AutoHfQuantizer
+
+            AutoHfQuantizer.from_config(config.quantization_config).preprocess_model(model)
         return Base(model, tokenizer, spec, task)
     check_safetensors(Path(path))
     torch.manual_seed(seed)
@@ -110,6 +114,63 @@ def load_base(
     except (OSError, ValueError, RuntimeError) as error:
         raise WeftError(f"cannot load the weights of {spec!r}: {_reason(error)}") from error
     return Base(model, tokenizer, spec, task)
+
+
+def load_as_saved(spec: str, *, bf16: bool = False, weights: bool = True) -> Any:
+    """A model as the class, and in the dtype, in which it was saved: not for a task, but for what it is.
+
+    Args:
+        bf16: in bfloat16 instead.
+        weights: False builds it on the meta device from its config alone.
+
+    Raises UsageError for a name that is no model or of no class in transformers, WeftError for files that cannot be
+    read or lack a tensor.
+    """
+    import torch
+    import transformers
+
+    path = locate(spec)
+    config = _load_config(spec, path, None, None)
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UsageError(f"model {spec!r} names no class of transformers as its architecture in config.json: {name!r}")
+    if not weights:
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=True):
+            model = kind(config)
+        model.tie_weights()
+        return model.to(torch.bfloat16 if bf16 else config.dtype or torch.float32)
+    check_safetensors(Path(path))
+    try:
+        model, found = kind.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.bfloat16 if bf16 else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeftError(f"cannot load the weights of {spec!r}: {_reason(error)}") from error
+    if found["missing_keys"]:
+        raise WeftError(f"model {spec!r} lacks the tensor {min(found['missing_keys'])} of a {name}")
+    return model.eval()
+
+
+def device() -> str:
+    """Where a model does its work: on an accelerator if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def folder_of(spec: str) -> Path:
+    """Where a model's files are on this disk; it has been loaded from there."""
+    from transformers.utils import cached_file
+
+    path = locate(spec)
+    return Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json"))).parent
 
 
 def _load_config(spec: str, path: str, num_labels: int | None, labels: list[str] | None) -> Any:
@@ -148,9 +209,20 @@ def _reason(error: BaseException) -> str:
     return text.split(". ")[0].rstrip(".")
 
 
+def load_config(spec: str) -> Any:
+    """A model's config as it was saved."""
+    return _load_config(spec, locate(spec), None, None)
+
+
+def task_of(config: Any) -> str:
+    """What a saved model is for, by the class that its config names."""
+    names = config.architectures or [""]
+    return "classification" if names[0].endswith("ForSequenceClassification") else "causal-lm"
+
+
 def position_limit(spec: str) -> int | None:
     """How many tokens the model can see at once, where its config says so."""
-    config = _load_config(spec, locate(spec), None, None)
+    config = load_config(spec)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions"):
         limit = getattr(config, name, None)
