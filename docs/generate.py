@@ -35,6 +35,8 @@ import weft  # noqa: E402
 GENERATED = DOCS / "generated"
 MARKERS = ("<!-- methods: python docs/generate.py --readme -->", "<!-- /methods -->")
 
+PILLARS = {"adapters": "Adapters", "compress": "Compression"}  # as headings
+
 EXPORTS = {
     "exact": "A plain LoRA gives the same outputs.",
     "bounded": "A plain LoRA approximates it; the error is printed.",
@@ -76,12 +78,17 @@ def paper(card: weft.Card) -> str:
 
 
 def methods_table(link: str) -> str:
-    """One row a method; `link` is where a method's name leads, with {slug} and {pillar}."""
+    """A table a pillar, one row a method; `link` is where a method's name leads, with {slug} and {pillar}."""
+    return "\n\n".join(f"**{name}**\n\n{_pillar_table(pillar, link)}" for pillar, name in PILLARS.items())
+
+
+def _pillar_table(pillar: str, link: str) -> str:
     rows = []
-    for slug, card in sorted(weft.cards().items(), key=lambda item: (item[1].pillar, item[0])):
+    for slug, card in sorted(weft.cards(pillar).items()):
         name = f"[`{slug}`]({link.format(slug=slug, pillar=card.pillar)})"
-        rows.append([name, prose(card.summary), paper(card), card.exports])
-    return table(["method", "what it is", "paper", "as LoRA"], rows)
+        last = card.exports if pillar == "adapters" else ", ".join(card.needs) or "nothing"
+        rows.append([name, prose(card.summary), paper(card), last])
+    return table(["method", "what it is", "paper", "as LoRA" if pillar == "adapters" else "needs"], rows)
 
 
 def readme(text: str) -> str:
@@ -109,8 +116,7 @@ def method_page(slug: str) -> str:
         _usage(slug, card),
         "## Options",
         _options(slug),
-        "## Recipe",
-        _recipe(card),
+        *(["## Recipe", _recipe(card)] if card.pillar == "adapters" else []),
         "## What to expect",
         _facts(card),
         "## Where it works" if card.pillar == "adapters" else "",
@@ -135,8 +141,14 @@ def _limits(card: weft.Card) -> str:
 
 
 def _usage(slug: str, card: weft.Card) -> str:
-    if card.pillar != "adapters":
-        return f"`weft.registry.load({slug!r})`"
+    if card.pillar == "compress":
+        data, flag = (", data=batches", " --data builtin:stdlib") if card.needs else ("", "")
+        return (
+            f"```python\nimport weft\n\nweft.compress(model, {slug!r}, keep=0.75{data})\n"
+            'model.save_pretrained("smaller")\n```\n\n'
+            f"```sh\nweft compress --model builtin:pycode{flag} \\\n    --method {slug} --keep 0.75 "
+            f"--output runs/{slug}\n```"
+        ).replace(repr(slug), f'"{slug}"')
     config = weft.config_class(slug).__name__
     lines = ["import weft", "from peft import get_peft_model", "", f"config = weft.{config}()"]
     if card.needs:
@@ -147,22 +159,23 @@ def _usage(slug: str, card: weft.Card) -> str:
 
 
 def _options(slug: str) -> str:
-    """The method's own options, then where it attaches, the same for all adapters of weft."""
+    """The method's own options, then those that it shares with the other methods of its pillar."""
+    from weft.adapters._config import AdapterConfig
+    from weft.compress._config import CompressConfig
     from weft.run.options import from_config
 
-    config = weft.config_class(slug)
-    every = from_config(config)
-    shared: set[str] = set()
-    if weft.card(slug).pillar == "adapters":
-        from weft.adapters._config import AdapterConfig
-
-        shared = {option.name for option in from_config(AdapterConfig)}
+    pillar, every = weft.card(slug).pillar, from_config(weft.config_class(slug))
+    common, what = {
+        "adapters": (AdapterConfig, "Where it attaches: the options that all adapters share"),
+        "compress": (CompressConfig, "How much, of what: the options that all compression methods share"),
+    }[pillar]
+    shared = {option.name for option in from_config(common)}
     own = [option for option in every if option.name not in shared]
     where = [option for option in every if option.name in shared]
     parts = [_option_table(own)] if own else ["It has none of its own."]
     if where:
         indented = _option_table(where).replace("\n", "\n    ")
-        parts.append(f'??? info "Where it attaches: the options that all adapters share"\n    {indented}')
+        parts.append(f'??? info "{what}"\n    {indented}')
     return "\n\n".join(parts)
 
 
@@ -179,6 +192,13 @@ def _shown(value: Any) -> str:
 
 
 def _facts(card: weft.Card) -> str:
+    reasons = [[REASONS.get(key, f"why {key.replace('_', ' ')}"), prose(text)] for key, text in card.reasons.items()]
+    if card.pillar == "compress":
+        from weft.compress._factoriser import factoriser
+
+        kind = factoriser(card.slug, weft.config_class(card.slug)()).kind
+        facts = [["each layer becomes", f"`{kind}`"], ["it needs", ", ".join(card.needs) or "nothing"]]
+        return table(["", ""], facts + reasons)
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."
     facts = [
@@ -188,7 +208,6 @@ def _facts(card: weft.Card) -> str:
         ["before attaching it needs", ", ".join(f"`{need}`" for need in card.needs) or "nothing"],
         ["as a plain LoRA", f"{card.exports}. {EXPORTS.get(card.exports, '')}"],
     ]
-    reasons = [[REASONS.get(key, f"why {key.replace('_', ' ')}"), prose(text)] for key, text in card.reasons.items()]
     return table(["", ""], facts + reasons)
 
 
