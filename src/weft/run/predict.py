@@ -136,22 +136,28 @@ def attach_saved(model: nn.Module, adapter: Path, base_name: str) -> nn.Module:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def complete(base: Base, prompts: list[str], sampling: Sampling, batch_size: int = 8) -> Iterator[str]:
-    """The continuation of each prompt, in order; equal seeds and batch sizes give equal texts."""
+def complete(
+    base: Base, prompts: list[str], sampling: Sampling, batch_size: int = 8, *, templated: bool = False
+) -> Iterator[str]:
+    """The continuation of each prompt, in order; equal seeds and batch sizes give equal texts.
+
+    Args:
+        templated: the prompts are conversations in the tokenizer's template.
+    """
     import torch
 
     tokenizer = base.tokenizer
     model: Any = base.model
     device = next(model.parameters()).device
     torch.manual_seed(sampling.seed)
-    drawn: dict[str, Any] = {"do_sample": False}
+    # a model's own generation config may punish repetition or search with beams: neither is the likeliest token
+    drawn: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
     if sampling.temperature > 0:
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        drawn |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    ends = _end_tokens(model, tokenizer)
     for start in range(0, len(prompts), batch_size):
-        batch = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts[start : start + batch_size]]
-        longest = max(1, max(map(len, batch)))
-        filler = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id or 0
-        batch = [ids or [filler] for ids in batch]
+        batch = [prompt_ids(tokenizer, prompt, templated) for prompt in prompts[start : start + batch_size]]
+        longest = max(map(len, batch))
         # padding goes to the left, so that every prompt ends where its continuation begins
         ids = torch.tensor([[tokenizer.pad_token_id or 0] * (longest - len(row)) + row for row in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=device)
@@ -161,10 +167,27 @@ def complete(base: Base, prompts: list[str], sampling: Sampling, batch_size: int
                 attention_mask=mask,
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id or 0,
+                eos_token_id=ends or None,
+                use_cache=True,
                 **drawn,
             )
         for row in made[:, longest:].tolist():
-            yield tokenizer.decode(row, skip_special_tokens=True)
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            yield tokenizer.decode(row[:end], skip_special_tokens=True)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, templated: bool = False) -> list[int]:
+    """Token ids of a prompt, at least one; a template has written the special tokens already."""
+    ids = tokenizer(prompt, add_special_tokens=not templated, verbose=False)["input_ids"]
+    filler = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id or 0
+    return list(ids) or [filler]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a text: for the model as it was published, and for the tokenizer, whose end token training adds."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    return sorted({token for token in (*known, tokenizer.eos_token_id) if token is not None})
 
 
 def classify(base: Base, rows: list[sources.Row], max_length: int, batch_size: int = 8) -> Iterator[dict[str, float]]:
