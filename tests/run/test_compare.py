@@ -378,6 +378,7 @@ def test_the_command_of_a_study_makes_that_study(place, monkeypatch):
         bf16=True,
         grid_factor=2.5,
         grid_steps=3,
+        generate=7,
     )
     made = []
     monkeypatch.setattr(verb, "run_study", lambda study, output, **_: made.append((study, output)))

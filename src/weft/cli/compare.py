@@ -81,6 +81,15 @@ def command(
             rich_help_panel=_RUNS,
         ),
     ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Final runs and the base model complete the first N distinct prompts of the test split too, scored by "
+            "BLEU and ROUGE-L (weft[generation]).",
+            rich_help_panel=_RUNS,
+        ),
+    ] = None,
     grid_points: Annotated[
         int, typer.Option(help="Learning rates tried, around each method's own.", rich_help_panel=_RUNS)
     ] = 3,
@@ -145,6 +154,7 @@ def command(
         measure_repeats=measure_repeats,
         evaluations=evaluations,
         forget_data=forget_data,
+        generate=generate,
         threads=threads,
     )
     if dry_run:
@@ -210,7 +220,7 @@ def study_command(study: Study, output: Path | str) -> str:
         "grid_steps",
         "evaluations",
     ]
-    plain += ["measure_steps", "measure_repeats", "forget_data", "threads"]
+    plain += ["measure_steps", "measure_repeats", "forget_data", "generate", "threads"]
     defaults = {field.name: field.default for field in fields(study) if field.default is not MISSING}
     for name in plain:
         value = getattr(study, name)
@@ -380,7 +390,7 @@ class Progress:
         self.done, self.total = len(finished), expected_runs(plan, rows)
         if self.bar is None:
             return
-        now = ", ".join(dict.fromkeys(_words(task) for task in running))
+        now = ", ".join(dict.fromkeys(_words(task, bool(plan.study.generate)) for task in running))
         steps = sum(row["steps"] for row in finished)
         total = max(total_steps(plan, rows), steps)
         self.bar.update(self.task, completed=steps, total=total, text=f"run {self.done} of {self.total}  {now}")
@@ -394,8 +404,10 @@ class Progress:
             self.console.print(f"{self.done}/{max(self.total, self.done)} {_label(row)}{_score(row)}", highlight=False)
 
 
-def _words(task: Task) -> str:
+def _words(task: Task, generates: bool) -> str:
     kind = {"grid": "learning rates of", "final": "training", "measure": "timing", "reference": "testing"}
+    if generates:
+        kind |= {"final": "training and generating with", "reference": "testing and generating with"}
     return f"{kind.get(task.phase, task.phase)} {task.method}"
 
 
@@ -410,4 +422,7 @@ def _score(row: Row) -> str:
         return f": {row['step_seconds']:.3g} s a step" if row["step_seconds"] else ""
     metrics = row["test"] or row["validation"] or {}
     name = "accuracy" if "accuracy" in metrics else "loss"
-    return f": {'test' if row['test'] else 'validation'} {name} {metrics[name]:.4g}" if name in metrics else ""
+    shown = f": {'test' if row['test'] else 'validation'} {name} {metrics[name]:.4g}" if name in metrics else ""
+    if row.get("generation"):
+        shown += ", BLEU {bleu:.1f}, ROUGE-L {rouge_l:.1f}".format_map(row["generation"])
+    return shown

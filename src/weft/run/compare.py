@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.run import spread
+from weft.run import generate, spread
 from weft.run.planning import Observer, Silent, plan_study
 from weft.run.single import context_of, empty_row, run_task
 from weft.run.study import (
@@ -57,10 +57,10 @@ class Extras:
 # --- the study --------------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
+def versions(study: Study) -> dict[str, str]:
     """What the numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(generate.PACKAGES if study.generate else ())):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -127,7 +127,9 @@ def compare(
     """
     observer, extras = observer or Silent(), extras or Extras()
     output = Path(output)
-    request = request_of(study, versions())
+    if study.generate:
+        generate.check_installed("--generate")
+    request = request_of(study, versions(study))
     if ray is not None:
         spread.check_ray(ray)
     if not read_rows(output / "results.jsonl")[0]:  # else the plan is in the file, and a changed request refused
@@ -167,7 +169,7 @@ def _header(plan: Plan, request: Row, extras: Extras) -> Row:
         "seeds": study.final_seeds,
         "methods": [entry.method for entry in plan.entries],
         "command": extras.command,
-        "versions": versions(),
+        "versions": versions(study),
         "hardware": hardware(),
         "commit": commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

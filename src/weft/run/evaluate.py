@@ -71,7 +71,7 @@ def over_batches(
             numbers = by_length[start : start + batch_size]
             batch = [dataset[row] for row in numbers]
             documents = [row["document"] for row in batch]
-            with torch.inference_mode(), _autocast(device, bf16):
+            with torch.inference_mode(), autocast(device, bf16):
                 tensors = {name: value.to(device) for name, value in collate(batch, pad_token_id).items()}
                 labels = tensors.pop("labels")
                 found = measure(numbers, documents, labels, *[model(**tensors).logits for model in models])
@@ -81,7 +81,8 @@ def over_batches(
             model.train(was_training)
 
 
-def _autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast, or nothing."""
     import torch
 
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weft.errors import UsageError, WeftError
 from weft.run import budget as budgets
 from weft.run import spread
+from weft.run.generate import check_installed
 from weft.run.single import context_of, load_data, run_task, sentence
 from weft.run.study import Entry, Plan, Row, Study, Task, grid_runs
 
@@ -92,11 +93,14 @@ def plan_study(study: Study, observer: Observer | None = None) -> Plan:
     from weft.run import methods
 
     observer = observer or Silent()
+    if study.generate:
+        check_installed("--generate")
     for name in study.methods:
         methods.resolve(name, method_options(study, name))
     observer.stage("reading the data")
-    splits, tokenizer = load_data(study)
+    splits, tokenizer, exam = load_data(study)
     notes = [f"Data: {line}." for line in splits.report.get("notes", [])]
+    notes += [f"Generation: {exam.sentence()}."] if exam else []
     if not len(splits.test):
         raise UsageError(f"data {study.data!r} has no test split; give --test-fraction above 0 or --test-data")
     if not len(splits.validation):

@@ -13,13 +13,15 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from weft.errors import WeftError
+from weft.errors import UsageError, WeftError
 from weft.run.study import Entry, Plan, Row, Study, Task, plan_from, plan_json, request_of, study_from
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from weft.run import sources
     from weft.run.data import Splits
+    from weft.run.generate import Exam
     from weft.run.methods import Method
 
 
@@ -33,28 +35,53 @@ def _reading(study: Study) -> dict[str, Any]:
     return {"test_fraction": 0.1, **study.data_options}
 
 
-def load_data(study: Study) -> tuple[Splits, Any]:
-    """The splits that all methods share, and the tokenizer."""
+def load_data(study: Study) -> tuple[Splits, Any, Exam | None]:
+    """The splits that all methods share, the tokenizer, and what is to be generated, if anything.
+
+    Raises UsageError for data that cannot be read or, where generation is asked for, have no prompts.
+    """
+    from weft.run import sources
     from weft.run.data import load_splits
     from weft.run.models import load_tokenizer
 
     tokenizer = load_tokenizer(study.model)
-    splits = load_splits(
-        study.data,
-        study.task,
+    rows = sources.read(study.data, study.task, seed=study.seed, **_reading(study))
+    exam = _exam(study, rows, tokenizer) if study.generate else None
+    splits = load_splits(study.data, study.task, tokenizer, max_length=study.max_length, seed=study.seed, rows=rows)
+    return splits, tokenizer, exam
+
+
+def _exam(study: Study, rows: sources.Rows, tokenizer: Any) -> Exam:
+    """The first prompts of the test split that a training row of this length could hold."""
+    from weft.run.generate import exam_of
+    from weft.run.models import position_limit
+
+    if rows.kind not in ("completion", "chat"):
+        raise UsageError(
+            f"--generate needs data with prompts and completions, or chats, and {study.data!r} holds "
+            + {"text": "plain text", "classification": "texts with labels"}[rows.kind]
+        )
+    exam = exam_of(
+        rows.test,
         tokenizer,
-        max_length=study.max_length,
-        seed=study.seed,
-        **_reading(study),
+        limit=study.generate,
+        longest_prompt=study.max_length - 1,
+        positions=position_limit(study.model),
     )
-    return splits, tokenizer
+    if not exam.prompts:
+        raise UsageError(
+            f"--generate: no test row of data {study.data!r} has a prompt of fewer than {study.max_length} tokens "
+            "and a completion"
+        )
+    return exam
 
 
-_loaded: dict[str, tuple[Splits, Any]] = {}  # of this process: the data does not change from run to run
+_loaded: dict[str, tuple[Splits, Any, Exam | None]] = {}  # of this process: data do not change from run to run
 
 
-def _data_of(study: Study) -> tuple[Splits, Any]:
-    key = repr((study.model, study.data, study.task, study.max_length, study.seed, sorted(study.data_options.items())))
+def _data_of(study: Study) -> tuple[Splits, Any, Exam | None]:
+    reading = (study.model, study.data, study.task, study.max_length, study.seed, sorted(study.data_options.items()))
+    key = repr((*reading, study.generate))
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = load_data(study)
@@ -123,6 +150,7 @@ def empty_row(plan: Plan, task: Task) -> Row:
         "test": None,
         "ranks": None,
         "forgetting": None,
+        "generation": None,
         "step_seconds": None,
         "peak_bytes": None,
         "file_bytes": None,
@@ -170,21 +198,27 @@ def _trained(plan: Plan, task: Task, forgetting: Row | None) -> Row:
     from weft.run.train import train
 
     study = plan.study
-    splits, tokenizer = _data_of(study)
+    splits, tokenizer, exam = _data_of(study)
     base = _base_model(plan, task.seed, splits, tokenizer)
+
+    def generation(model: nn.Module) -> Row | None:
+        from weft.run.generate import examine
+
+        return examine(model, tokenizer, exam, study.batch_size, bf16=study.bf16) if exam else None
 
     def score(model: nn.Module, rows: Any) -> Row:
         return evaluate(model, rows, plan.task, study.batch_size, pad_token_id=splits.pad_token_id, bf16=study.bf16)
 
     if task.method == "base":
         model = base.model.to(_device()).requires_grad_(False)
-        return {"validation": _brief(score(model, splits.validation)), "test": score(model, splits.test)}
+        row: Row = {"validation": _brief(score(model, splits.validation)), "test": score(model, splits.test)}
+        return {**row, "generation": generation(model)}
     method = _method_of(plan, task)
     apart = 0  # optimiser steps between two evaluations on the validation split
     if task.phase == "final" and study.evaluations:
         apart = max(1, task.steps // study.evaluations)
     result = train(base, splits, method, _settings(plan, task, apart), None, progress=False)
-    row: Row = {
+    row = {
         "trainable": result.trainable,
         "steps": result.steps,
         "curve": result.curve,
@@ -198,6 +232,7 @@ def _trained(plan: Plan, task: Task, forgetting: Row | None) -> Row:
     if forgetting:
         after = score(result.model, _forgetting_rows(forgetting))["loss"]
         row["forgetting"] = {"before": forgetting["before"], "after": after}
+    row["generation"] = generation(result.model)  # last, as it may merge the adapter
     return row
 
 
@@ -220,7 +255,7 @@ def _measured(plan: Plan, task: Task) -> Row:
     from weft.run.measure import measuring, restart_peak
     from weft.run.train import train
 
-    splits, tokenizer = _data_of(plan.study)
+    splits, tokenizer, _ = _data_of(plan.study)
     splits = replace(splits, validation=splits.validation.select(range(0)))  # only the steps are of interest
     with measuring() as seen:
         base = _base_model(plan, plan.study.seed, splits, tokenizer)
@@ -244,7 +279,7 @@ def _sample_forgetting(plan: Plan) -> Row:
     from weft.run.evaluate import evaluate
 
     study = plan.study
-    splits, tokenizer = _data_of(study)
+    splits, tokenizer, _ = _data_of(study)
     model = _base_model(plan, study.seed, splits, tokenizer).model.to(_device())
     rows = _given_text(study, tokenizer) if study.forget_data else _sampled_text(model, tokenizer, study)
     forgetting = {"rows": rows, "before": None, "source": study.forget_data or "sampled from the base model"}

@@ -36,6 +36,7 @@ class Study:
         measure_steps, measure_repeats: optimiser steps of a timing run, and how many of them each method gets.
         evaluations: of the validation split in the course of a final run, for its learning curve.
         forget_data: text to measure forgetting on; None: text sampled from the base model; "none": not measured.
+        generate: prompts of the test split that final runs and the base model answer, for BLEU and ROUGE-L; None: none.
         threads: CPU threads of each run, since their number changes the last bits of a sum.
     """
 
@@ -62,6 +63,7 @@ class Study:
     measure_repeats: int = 3
     evaluations: int = 5
     forget_data: str | None = None
+    generate: int | None = None
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -86,8 +88,10 @@ class Study:
             value = getattr(self, name)
             if value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if self.grid_steps is not None and self.grid_steps < 1:
-            raise UsageError(f"--grid-steps must be at least 1, not {self.grid_steps}")
+        for name in ("grid_steps", "generate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if not (self.grid_factor > 1 and math.isfinite(self.grid_factor)):
             raise UsageError(f"--grid-factor must be above 1, not {self.grid_factor:g}")
         strangers = [name for name in self.options if name not in self.methods]
