@@ -137,6 +137,20 @@ def test_the_table_holds_what_was_measured(finished):
     assert len(widths) == 1 and f'colspan="{widths.pop()}"' in table
 
 
+def test_generation_has_columns_and_shows_what_was_written(tmp_path):
+    assert "BLEU" not in page(tmp_path, synthetic.rows(("sora", "nola")))
+    rows = [synthetic.written(row, HOSTILE) for row in synthetic.rows(("sora", "nola"))]
+    text = page(tmp_path, rows)
+    table = re.search(r'<table class="results">(.*?)</table>', text, re.DOTALL)[1]
+    assert "<td>21.0 ± 1.0</td>" in table and "<td>42.0 ± 2.0</td>" in table
+    cells = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    widths = {row.count("<td") + row.count("<th") for row in cells if "colspan" not in row}
+    assert len(widths) == 1 and f'colspan="{widths.pop()}"' in table
+    answers = re.search(r'<dl class="answers">(.*?)</dl>', text, re.DOTALL)[1]
+    assert "written by nola at 0" in answers and "written by base at 0" in answers and "<img" not in answers
+    assert "at 1" not in answers  # one seed is enough to see
+
+
 def test_recipes_that_differ_have_a_column(tmp_path):
     rows = synthetic.rows(("sora", "nola"))
     assert "decay 0.01, warm-up 6 %, clip 1, linear" in page(tmp_path, rows)

@@ -28,6 +28,17 @@ def test_twelve_methods_fit_in_80_columns(tmp_path):
     assert "tie for first" in text and "r=12*" in text and "2 runs failed" in text
 
 
+def test_generation_has_columns_that_fit_in_80_too(tmp_path):
+    text = printed(tmp_path, synthetic.rows())
+    assert "bleu" not in text and "memory" in text
+    text = printed(tmp_path, [synthetic.written(row) for row in synthetic.rows()])
+    assert "…" not in text and "bleu" in text and "rouge-l" in text and "memory" not in text and "forgot" in text
+    nola = next(line for line in text.splitlines() if " nola " in line)
+    assert "21.0 ± 1.0" in nola and "42.0 ± 2.0" in nola  # 20, 21, 22 and 40, 42, 44
+    base = next(line for line in text.splitlines() if " base " in line)
+    assert " 20.0 " in base and " 40.0 " in base
+
+
 @pytest.mark.parametrize(
     "rows",
     [

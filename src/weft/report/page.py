@@ -67,6 +67,7 @@ def render(study: Study) -> str:
         reference_rows=reference_rows,
         recipes=recipes,
         pairs=_pairs(study),
+        answers=_answers(study),
         data=_json(_figures(study)),
         dictionary=_dictionary,
         phases=_phases(study),
@@ -201,6 +202,19 @@ def _pairs(study: Study) -> list[dict[str, Any]]:
             )
         square.append({"name": a, "cells": cells})
     return square
+
+
+def _answers(study: Study) -> list[dict[str, Any]]:
+    """For each prompt that the runs show: its reference, and what each line's run of the lowest seed wrote."""
+    shown: dict[str, dict[str, Any]] = {}
+    for line in [*study.lines, *study.references]:
+        runs = [row for row in study.runs if row["method"] == line.name and row.get("generation")]
+        for row in sorted(runs, key=lambda row: row.get("seed") or 0)[:1]:
+            for example in row["generation"].get("examples") or []:
+                prompt, reference, made = (str(example.get(key)) for key in ("prompt", "reference", "answer"))
+                known = shown.setdefault(prompt, {"prompt": prompt, "reference": reference, "answers": []})
+                known["answers"].append((line.name, made))
+    return list(shown.values())
 
 
 def _phases(study: Study) -> list[tuple[str, list[dict[str, Any]]]]:

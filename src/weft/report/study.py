@@ -67,6 +67,7 @@ class Line:
         knob, recipe, options: as its runs recorded them.
         learning_rate: chosen for the final runs, or the best so far; `at_edge` if the grid ended there.
         forgetting: seed → (before, after).
+        generation: seed → (BLEU, ROUGE-L), both 0 to 100, of the runs that generated.
         curves: seed → the points of the training curve.
         grid: (learning rate, seed, validation loss or None where the run failed).
         ranks: module → rank.
@@ -95,6 +96,7 @@ class Line:
     learning_rate: float | None = None
     at_edge: bool = False
     forgetting: dict[int, tuple[float, float]] = field(default_factory=dict)
+    generation: dict[int, tuple[float, float]] = field(default_factory=dict)
     curves: dict[int, list[Row]] = field(default_factory=dict)
     grid: list[tuple[float, int, float | None]] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -105,6 +107,20 @@ class Line:
     def forgotten(self) -> float | None:
         """Mean over seeds of the loss on the forgetting text, after minus before."""
         return _mean(after - before for before, after in self.forgetting.values())
+
+    @property
+    def bleu(self) -> str:
+        """BLEU of what it wrote, mean ± deviation over seeds."""
+        return self._written(0)
+
+    @property
+    def rouge_l(self) -> str:
+        """ROUGE-L of what it wrote, mean ± deviation over seeds."""
+        return self._written(1)
+
+    def _written(self, place: int) -> str:
+        values = [scores[place] for scores in self.generation.values()]
+        return spread(_mean(values), stdev(values) if len(values) > 1 else None, 1)
 
     @property
     def state(self) -> str:
@@ -320,6 +336,9 @@ def _line(name: str, index: int, runs: list[Row], metric: Metric, planned: Row |
         before, after = (finite((row.get("forgetting") or {}).get(key)) for key in ("before", "after"))
         if before is not None and after is not None:
             line.forgetting[_seed(row)] = (before, after)
+        bleu, rouge_l = (finite((row.get("generation") or {}).get(key)) for key in ("bleu", "rouge_l"))
+        if bleu is not None and rouge_l is not None:
+            line.generation[_seed(row)] = (bleu, rouge_l)
         if row.get("phase") in ("final", "reference") and row.get("curve"):
             line.curves[_seed(row)] = [point for point in row["curve"] if finite(point.get("step")) is not None]
     for row in grid:

@@ -15,6 +15,8 @@ from weft.report.study import Line, Study, read
 def terminal_table(results: Path) -> Table:
     """The ranking, then the reference rows, with the verdict beneath; 80 columns are enough for it.
 
+    Where the runs generated text, BLEU and ROUGE-L take the place of memory, time and file size, which the report has.
+
     Args:
         results: `results.jsonl`, or the folder that holds it; the study may still be running.
 
@@ -36,29 +38,31 @@ def terminal_table(results: Path) -> Table:
     )  # fmt: skip
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
-    for name in [study.metric.name.lower(), "params", "knob", "memory", "step", "file"]:
+    generation = any(line.generation for line in lines)
+    measured = ["bleu", "rouge-l", "params", "knob"] if generation else ["params", "knob", "memory", "step", "file"]
+    for name in [study.metric.name.lower(), *measured]:
         table.add_column(name, justify="right", no_wrap=True)
     if forgetting:
         table.add_column("forgot", justify="right", no_wrap=True)
     for group in (study.lines, study.references):
         for line in group:
-            cells = _cells(line, study) + ([quantities.change(line.forgotten, 3)] if forgetting else [])
+            cells = _cells(line, study, generation) + ([quantities.change(line.forgotten, 3)] if forgetting else [])
             table.add_row(*map(escape, cells), style="dim" if line.collapsed else None)
         table.add_section()
     return table
 
 
-def _cells(line: Line, study: Study) -> list[str]:
+def _cells(line: Line, study: Study, generation: bool) -> list[str]:
     knob = line.knob or {}
     shown = f"{knob['name']}={knob.get('value')}" if knob.get("name") else quantities.NOTHING
     score = study.metric.show(line.mean, line.spread)
+    costs = [quantities.size(line.peak_bytes), quantities.duration(line.step_seconds), quantities.size(line.file_bytes)]
     return [
         str(line.rank or ""),
         line.name,
         score if line.mean is not None else line.state,
+        *([line.bleu, line.rouge_l] if generation else []),
         quantities.short_count(line.trainable),
         shown + ("*" if knob.get("unreachable") else ""),
-        quantities.size(line.peak_bytes),
-        quantities.duration(line.step_seconds),
-        quantities.size(line.file_bytes),
+        *([] if generation else costs),
     ]
