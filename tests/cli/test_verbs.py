@@ -106,6 +106,39 @@ def test_predict_writes_a_file(weft, adapter, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == weft(*words)[1]
 
 
+def test_predict_scores_against_all_references_of_a_prompt(weft, adapter, tmp_path):
+    """A prompt of several rows is answered once; an answer that is one of its references word for word is perfect."""
+    prompts = ["the weft goes over", "warp holds", "loom beats time"]
+    words = ["predict", "--adapter", adapter, "--max-new-tokens", 24]
+    own = [json.loads(weft(*words, "--prompt", prompt)[1])["completion"] for prompt in prompts]
+    rows = [{"prompt": prompt, "completion": other} for prompt in prompts for other in ("nothing like it", "thread")]
+    rows += [{"prompt": prompt, "completion": made} for prompt, made in zip(prompts, own, strict=True)]
+    path = tiny.write_jsonl(tmp_path / "in.jsonl", rows)
+    code, out, err = weft(*words, "--data", path, "--score", "--output", tmp_path / "out.jsonl")
+    assert code == 0 and out == "", err
+    assert "3 prompts with 9 references, answers of at most 24 tokens" in err and "BLEU 100.00, ROUGE-L 100.00" in err
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines.pop() == {"bleu": pytest.approx(100), "rouge_l": pytest.approx(100), "prompts": 3}
+    assert [line["prompt"] for line in lines] == prompts
+    assert [line["completion"] for line in lines] == [made.strip() for made in own]
+    assert lines[0]["references"] == ["nothing like it", "thread", own[0].strip()]
+    code, out, err = weft("predict", "--adapter", adapter, "--data", path, "--score", "--limit", 2)
+    assert code == 0 and json.loads(out.splitlines()[-1])["prompts"] == 2  # of all references of two prompts
+    assert len(json.loads(out.splitlines()[0])["references"]) == 3
+
+
+def test_predict_refuses_to_score_without_references(refuse, adapter, tmp_path, monkeypatch):
+    words = ["predict", "--adapter", adapter, "--score"]
+    rows = [{"prompt": "the", "completion": " weft"}, {"prompt": "warp"}]
+    path = tiny.write_jsonl(tmp_path / "in.jsonl", rows)
+    refuse(2, *words, "--data", path, says=("needs a completion", "1 of 2 rows", "in.jsonl"))
+    refuse(2, *words, "--prompt", "the", says=("--score needs --data with prompts and completions",))
+    texts = tiny.write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in tiny.sentences(3)])
+    refuse(2, *words, "--data", texts, says=("needs a completion", "3 of 3 rows"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuse(2, *words, "--data", path, says=("--score needs the extra `weft[generation]`",))
+
+
 def test_an_exported_lora_answers_the_same_without_weft(weft, adapter, tmp_path):
     code, out, err = weft("export", adapter, tmp_path / "lora", "--to", "lora")
     assert code == 0, err

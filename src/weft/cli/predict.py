@@ -20,8 +20,24 @@ def command(
     split: Annotated[str, typer.Option(help="Which split of the data: train, validation or test.")] = "test",
     columns: Annotated[str | None, typer.Option(help="Where columns have other names: text=sentence.")] = None,
     output: Annotated[Path | None, typer.Option(help="File for the JSON lines; by default standard output.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Answer the first rows only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a continuation at most.")] = 64,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Answer the first rows only; with --score, the first distinct prompts.")
+    ] = None,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score",
+            help="BLEU and ROUGE-L of the answers against the data's own (weft[generation]); rows that share a prompt "
+            "are answered once and are references of one another.",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a continuation at most: 64 by default, with --score those of the longest reference.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Draws the continuations.")] = 0,
@@ -33,24 +49,35 @@ def command(
 
     [bold]weft predict --adapter OUT --prompt "def add(" --prompt "class Stack"[/bold]
 
-    One JSON object a line: prompt and completion, or text, label and probabilities.
+    One JSON object a line: prompt and completion, or text, label and probabilities. With --score the last line has the
+    scores.
     """
     if bool(prompt) == bool(data):
         raise UsageError("give either --prompt or --data")
     from weft.run import predict as _predict
 
-    sampling = _predict.Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = _predict.Sampling(64 if max_new_tokens is None else max_new_tokens, temperature, top_p, seed)
+    if score:
+        _check_score(data)
     facts = _predict.adapter_facts(adapter)
+    if score and facts["task"] == "classification":
+        raise UsageError(f"--score is for text, and {str(adapter)!r} classifies")
     rows = [{"text": text} for text in prompt or []]
     if data:
         rows = _rows(data, split, columns)
+    if score and data:
+        _check_references(rows, data)
+        base = _predict.load_adapted(model, adapter, bf16=bf16)
+        _write(_scored(base, rows, limit, sampling, batch_size, derive=max_new_tokens is None), output)
+        return
     rows = rows[:limit]
     base = _predict.load_adapted(model, adapter, bf16=bf16)
     if facts["task"] == "classification":
         answers = _labelled(_predict.classify(base, rows, max_length, batch_size), rows)
     else:
         asked = _predict.prompts_of(rows, base.tokenizer)
-        made = _predict.complete(base, [text for text, _ in asked], sampling, batch_size)
+        templated = any("messages" in row for row in rows)
+        made = _predict.complete(base, [text for text, _ in asked], sampling, batch_size, templated=templated)
         answers = (
             {"prompt": text, "completion": answer, **({} if expected is None else {"expected": expected})}
             for (text, expected), answer in zip(asked, made, strict=True)
@@ -67,6 +94,47 @@ def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:
     except (TypeError, ValueError):
         raise UsageError(f"--columns must be pairs like text=sentence, not {columns!r}") from None
     return sources.read_unlabelled(data, split, renamed)
+
+
+def _check_score(data: str | None) -> None:
+    from weft.run.generate import check_installed
+
+    if not data:
+        raise UsageError("--score needs --data with prompts and completions to score the answers against")
+    check_installed("--score")
+
+
+def _check_references(rows: list[dict[str, Any]], data: str) -> None:
+    from weft.run.generate import has_reference
+
+    missing = sum(not has_reference(row) for row in rows)
+    if missing:
+        raise UsageError(
+            f"--score needs a completion to score each answer against, and {missing:,} of {len(rows):,} rows of data "
+            f"{data!r} have none"
+        )
+
+
+def _scored(
+    base: Any, rows: list[dict[str, Any]], limit: int | None, sampling: Any, batch_size: int, *, derive: bool
+) -> Any:
+    from dataclasses import replace
+
+    from weft.run.generate import answer, exam_of, score
+    from weft.run.models import position_limit
+
+    most = None if derive else sampling.max_new_tokens
+    exam = exam_of(rows, base.tokenizer, limit=limit, positions=position_limit(base.name), max_new_tokens=most)
+    if not exam.prompts:
+        raise UsageError("--score: every prompt is too long for the model to answer")
+    print(f"scoring {exam.sentence()}", file=sys.stderr)
+    sampling = replace(sampling, max_new_tokens=exam.max_new_tokens)
+    answers = answer(base.model, base.tokenizer, exam, batch_size, sampling=sampling)
+    for prompt, made, references in zip(exam.prompts, answers, exam.references, strict=True):
+        yield {"prompt": prompt, "completion": made, "references": references}
+    scores = score(answers, exam.references)
+    print("BLEU {bleu:.2f}, ROUGE-L {rouge_l:.2f}".format_map(scores), file=sys.stderr)
+    yield {**scores, "prompts": len(answers)}
 
 
 def _labelled(probabilities: Any, rows: list[dict[str, Any]]) -> Any:
