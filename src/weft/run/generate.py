@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
@@ -170,13 +171,25 @@ def merge_if_same(model: Any, tokenizer: Any, prompt: str, templated: bool = Fal
     ids = torch.tensor([prompt_ids(tokenizer, prompt, templated)], device=next(model.parameters()).device)
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-    with contextlib.suppress(Exception), torch.no_grad():  # each method refuses in its own words
+    with contextlib.suppress(Exception), torch.no_grad(), _unsaid():  # each method refuses in its own words
         model.merge_adapter()
         after = model(input_ids=ids).logits
         if (after - before).abs().max() <= _SAME * before.abs().max():
             return True
     model.unmerge_adapter()
     return False
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without what weft tells of a merge that its user has asked for: here it is a means."""
+    logger = logging.getLogger("weft")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
