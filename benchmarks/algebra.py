@@ -155,6 +155,8 @@ def main() -> None:
                     "opponent": "torch.linalg.svd",
                     "wanted_ratio": wanted,
                     **row,
+                    # of the ranks that were tried: what a table shows
+                    "worst rank": {key: max(row[key]) for key in ("time_ratio", "error_ratio")},
                     "command": command,
                     "commit": commit,
                 }
@@ -164,6 +166,8 @@ def main() -> None:
                     flush=True,
                 )
     document = {
+        "command": command,
+        "commit": commit,
         "settings": {"dtype": "torch.float32", "keep": list(KEEPS)},
         "device": processor(),
         "threads": torch.get_num_threads(),
