@@ -143,11 +143,12 @@ def _limits(card: weft.Card) -> str:
 def _usage(slug: str, card: weft.Card) -> str:
     if card.pillar == "compress":
         data, flag = (", data=batches", " --data builtin:stdlib") if card.needs else ("", "")
+        value = getattr(weft.config_class(slug)(), card.knob)
         return (
-            f"```python\nimport weft\n\nweft.compress(model, {slug!r}, keep=0.75{data})\n"
+            f"```python\nimport weft\n\nweft.compress(model, {slug!r}, {card.knob}={value}{data})\n"
             'model.save_pretrained("smaller")\n```\n\n'
-            f"```sh\nweft compress --model builtin:pycode{flag} \\\n    --method {slug} --keep 0.75 "
-            f"--output runs/{slug}\n```"
+            f"```sh\nweft compress --model builtin:pycode{flag} \\\n    --method {slug} "
+            f"--{card.knob.replace('_', '-')} {value} --output runs/{slug}\n```"
         ).replace(repr(slug), f'"{slug}"')
     config = weft.config_class(slug).__name__
     lines = ["import weft", "from peft import get_peft_model", "", f"config = weft.{config}()"]

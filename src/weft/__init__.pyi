@@ -25,8 +25,11 @@ from weft.adapters.svfit import SvfitConfig as SvfitConfig
 from weft.adapters.tlora import TloraConfig as TloraConfig
 from weft.adapters.wara import WaraConfig as WaraConfig
 from weft.compress._engine import compress as compress
+from weft.compress.armor import ArmorConfig as ArmorConfig
+from weft.compress.cospadi import CospadiConfig as CospadiConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
 from weft.compress.lord import LordConfig as LordConfig
+from weft.compress.r_sparse import RSparseConfig as RSparseConfig
 from weft.compress.svd import SvdConfig as SvdConfig
 from weft.compress.svd_llm import SvdLlmConfig as SvdLlmConfig
 from weft.compress.welore import WeloreConfig as WeloreConfig

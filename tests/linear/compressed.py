@@ -14,8 +14,18 @@ from weft.linear._structured import Structured, kinds
 from weft.linear._transformers import attach_format
 
 # options of every kind for a 24 × 18 matrix or so: a small layer, and one that loses nothing
-SMALL: dict[str, dict[str, Any]] = {"low_rank": {"rank": 3}}
-FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {"low_rank": lambda out, in_: {"rank": min(out, in_)}}
+SMALL: dict[str, dict[str, Any]] = {
+    "low_rank": {"rank": 3},
+    "dictionary": {"atoms": 9, "nonzeros": 4},
+    "block_semi_sparse": {"block_out": 1, "block_in": 1},  # which divide every side
+    "rank_aware_sparse": {"rank": 5, "tau": 0.1, "prefill_ratio": 0.999},  # sequences as short as here all run sparse
+}
+FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "low_rank": lambda out, in_: {"rank": min(out, in_)},
+    "dictionary": lambda out, in_: {"atoms": min(out, in_), "nonzeros": min(out, in_)},
+    "block_semi_sparse": lambda out, in_: {"block_out": out, "block_in": in_, "kept": 4},
+    "rank_aware_sparse": lambda out, in_: {"rank": min(out, in_), "tau": 0.1, "prefill_ratio": 0.999},
+}
 
 
 def llama() -> nn.Module:

@@ -61,6 +61,8 @@ def test_at_its_full_setting_it_is_the_layer(kind, shape, dtype, tolerance):
 
 def test_bfloat16_errs_at_most_twice_as_much_as_the_dense_product(kind):
     wide = made(kind, 24, 18)
+    if not wide.linear:
+        pytest.skip(f"the tests of {kind} write its own forward out")
     layer = empty(wide.spec(), 18, 24, dtype=torch.bfloat16)
     layer.load_state_dict(wide.state_dict())
     x = torch.randn(50, 18, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from weft import registry
 from weft.cli import _flags
 from weft.errors import WeftError
 from weft.run import compress as _compress
@@ -117,9 +118,10 @@ def outline_lines(run: _compress.Request, model: Any, shape: _compress.Outline, 
     from weft.run.operations import operations, seconds_of
 
     many, bits = len(shape.layers), sum(layer.bits for layer in shape.layers)
+    knob = registry.card(run.method).knob
     lines = [
         f"{run.method} on {run.options.model}: {many:,} {'matrix' if many == 1 else 'matrices'} of {size(bits / 8)} in "
-        f"all, keep {run.config.keep:g}"
+        f"all, {knob} {getattr(run.config, knob):g}"
     ]
     if shape.left:
         first = [name.removesuffix(".weight") for name in shape.left][:_NAMED]
@@ -187,7 +189,11 @@ def last_line(run: _compress.Request, report: dict[str, Any]) -> str:
 
     kept, files = report["keep"], report["file_bytes"]
     replaced = any(layer["size"] is not None for layer in report["layers"])
-    share = f"kept {kept['measured']:.4f} of the matrices' bits ({kept['promised']:g} asked)"
+    share = f"kept {kept['measured']:.4f} of the matrices' bits"
+    if kept["promised"] is None:
+        share += f", {report['reads']:.4f} of them read for a token"
+    else:
+        share += f" ({kept['promised']:g} asked)"
     if not replaced:
         share = "nothing replaced"
     return (

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.algebra.random import checksum
-from weft.algebra.statistics import Moments, mix
+from weft.algebra.statistics import Magnitudes, Moments, mix
 from weft.compress._layers import Layer
 from weft.errors import UsageError
+from weft.linear.rank_aware_sparse import column_norms
 
 Batch = Any  # what the model is called with: a dict of tensors, a tuple, or a tensor
 
@@ -32,13 +33,17 @@ class Statistics:
     """Of one layer: what its method asked for, None otherwise.
 
     Attributes:
-        input, output: moments of what the layer receives and gives, bias included, over the tokens that count.
+        input, output: moments of what the layer receives and gives, bias included, over the tokens that count; of the
+            input only Σx and Σx² where the method asked for "squares" and not for "input".
         fisher: Σ over samples of the squared gradient of W, summed over its rows (in) and over its columns (out).
+        magnitudes, scaled_magnitudes: order statistics of all |x_j|, and of all |x_j|·‖W_:j‖.
     """
 
     input: Moments | None = None
     output: Moments | None = None
     fisher: tuple[Tensor, Tensor] | None = None
+    magnitudes: Magnitudes | None = None
+    scaled_magnitudes: Magnitudes | None = None
 
 
 def corpora(data: Iterable[Batch] | Mapping[str, tuple[Iterable[Batch], float]] | None) -> list[Corpus]:
@@ -84,7 +89,9 @@ class _Enough(Exception):
     """Raised in a forward pass once the last layer of interest has been seen."""
 
 
-Needs = Mapping[str, Sequence[str]]  # layer → of "input", "output", "fisher"
+NEEDS = ("input", "squares", "output", "fisher", "magnitudes", "scaled_magnitudes")  # as in Statistics
+FORWARD = frozenset(NEEDS) - {"fisher"}  # what forward passes show
+Needs = Mapping[str, Sequence[str]]  # layer → of NEEDS
 
 
 def calibrate(
@@ -97,6 +104,8 @@ def calibrate(
     """
     if not data:
         return {layer.name: Statistics() for layer in layers}
+    if len(data) > 1 and any(word.endswith("magnitudes") for layer in layers for word in needs[layer.name]):
+        raise UsageError("thresholds on magnitudes count every token alike: give one corpus of calibration data")
     model_was_training = model.training
     model.eval()
     try:
@@ -128,7 +137,7 @@ def _one_corpus(
     model: nn.Module, batches: Sequence[Batch], layers: Sequence[Layer], needs: Needs
 ) -> dict[str, Statistics]:
     found = {layer.name: Statistics() for layer in layers}
-    watched = [layer for layer in layers if {"input", "output"} & set(needs[layer.name])]
+    watched = [layer for layer in layers if FORWARD & set(needs[layer.name])]
     if watched:
         _watch(model, batches, watched, needs, found)
     graded = [layer for layer in layers if "fisher" in needs[layer.name]]
@@ -181,11 +190,17 @@ class _Watch:
         def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = args[0]
             rows = self.mask if self.mask is not None and x.shape[:-1] == self.mask.shape else None
-            if "input" in self.needs[layer.name]:
+            if {"input", "squares"} & set(self.needs[layer.name]):
                 self._input(layer, mine, x, rows)
             if "output" in self.needs[layer.name]:
                 mine.output = mine.output or Moments(KINDS)
                 _add(mine.output, y, rows, f"{layer.name} gives")
+            if "magnitudes" in self.needs[layer.name]:
+                mine.magnitudes = mine.magnitudes or Magnitudes()
+                _add(mine.magnitudes, x, rows, f"{layer.name} receives")
+            if "scaled_magnitudes" in self.needs[layer.name]:
+                mine.scaled_magnitudes = mine.scaled_magnitudes or Magnitudes(column_norms(layer.weight))
+                _add(mine.scaled_magnitudes, x, rows, f"{layer.name} receives")
             self.waiting.discard(layer.name)
             if not self.waiting:
                 raise _Enough
@@ -193,16 +208,18 @@ class _Watch:
         return hook
 
     def _input(self, layer: Layer, mine: Statistics, x: Tensor, rows: Tensor | None) -> None:
-        twin = next((name for tensor, name in self.seen if tensor is x), None)
+        whole = "input" in self.needs[layer.name]
+        alike = (name for tensor, name in self.seen if tensor is x and ("input" in self.needs[name]) == whole)
+        twin = next(alike, None)
         if twin is not None and mine.input in (None, self.found[twin].input):
             mine.input = self.found[twin].input
             return
         self.seen.append((x, layer.name))
-        mine.input = mine.input or Moments(KINDS)
+        mine.input = mine.input or Moments(KINDS if whole else ("squares",))
         _add(mine.input, x, rows, f"{layer.name} receives")
 
 
-def _add(moments: Moments, x: Tensor, rows: Tensor | None, who: str) -> None:
+def _add(moments: Moments | Magnitudes, x: Tensor, rows: Tensor | None, who: str) -> None:
     try:
         moments.add(x, rows)
     except ValueError as error:

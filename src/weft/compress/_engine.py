@@ -43,6 +43,7 @@ class Row:
         size: its rank, or what the method counts; None where it stays.
         bits, dense: stored bits after and before.
         error: the share of the layer's objective that is lost; None where the method has no such number.
+        reads: bits of the weights that are read for one token: those stored, unless the method reads them in part.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Row:
     bits: int
     dense: int
     error: float | None = None
+    reads: int = 0
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Compression:
     def keep(self) -> float:
         """The share of the targeted matrices' bits that is stored now."""
         return sum(row.bits for row in self.rows) / max(sum(row.dense for row in self.rows), 1)
+
+    @property
+    def reads(self) -> float:
+        """The share of the targeted matrices' bits that is read for one token now."""
+        return sum(row.reads for row in self.rows) / max(sum(row.dense for row in self.rows), 1)
 
     @property
     def replaced(self) -> int:
@@ -117,7 +124,12 @@ def compress(
             "after the other: use uniform, threshold or block_influence, or sequential=False"
         )
     store = Store(work, _request(method, config, maker.nested, layers, data) if work else {})
-    job = _Job(model, maker, layers, needs, data, store, observer or _silent)
+    say = observer or _silent
+    if maker.prepares:
+        say("preparing", 0, len(layers), None)
+        maker.prepared = store.once("prepared", lambda: maker.prepare(model, data, layers))
+        needs = {layer.name: maker.needs(layer) for layer in layers}
+    job = _Job(model, maker, layers, needs, data, store, say)
     report = Compression(method, options)
     if config.keep == 1 and config.guard:
         report.rows = [job.row(layer, None) for layer in layers]
@@ -140,7 +152,9 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
     """
     _, maker, layers = _settled(model, method, options)
     reads = READS.get(maker.config.allocate)
-    if reads in ("errors", "influence") or (reads == "values" and any(layer.weight.is_meta for layer in layers)):
+    if maker.prepares or reads in ("errors", "influence"):
+        return None
+    if reads == "values" and any(layer.weight.is_meta for layer in layers):
         return None
     job = _Job(model, maker, layers, {}, [], Store(None, {}), _silent)
     sizes = job.choose()
@@ -271,8 +285,9 @@ class _Job:
         """What the report says of a layer."""
         shape = (layer.out, layer.in_)
         if kind is None or size is None:
-            return Row(layer.name, shape, "dense", None, layer.bits, layer.bits, 0.0)
-        return Row(layer.name, shape, kind, size, self.maker.bits(layer, size), layer.bits, error)
+            return Row(layer.name, shape, "dense", None, layer.bits, layer.bits, 0.0, layer.bits)
+        bits, reads = self.maker.bits(layer, size), self.maker.reads(layer, size)
+        return Row(layer.name, shape, kind, size, bits, layer.bits, error, reads)
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:

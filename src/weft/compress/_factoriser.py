@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.algebra.shrink import shrink
 from weft.algebra.statistics import Moments
 from weft.algebra.svd import weighted_svd
 from weft.compress._allocate import Menus, Sizes, allocate
-from weft.compress._calibration import Statistics
+from weft.compress._calibration import Corpus, Statistics
 from weft.compress._config import CompressConfig, LowRankConfig
 from weft.compress._layers import Layer
 from weft.linear._structured import Structured
@@ -32,9 +32,19 @@ class Factoriser(ABC, Generic[C]):
 
     def __init__(self, config: C) -> None:
         self.config = config
+        self.prepared: Tensors = {}  # what `prepare` found
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` has work to do."""
+        return False
+
+    def prepare(self, model: nn.Module, data: Sequence[Corpus], layers: Sequence[Layer]) -> Tensors:
+        """What takes the whole model to find: once, before everything else, and kept on disk beside finished layers."""
+        raise NotImplementedError
 
     def needs(self, layer: Layer) -> tuple[str, ...]:
-        """The statistics to collect: "input", "output", "fisher"."""
+        """The statistics to collect: the words of `_calibration.NEEDS`."""
         return ()
 
     def allocate(self, menus: Menus) -> Sizes:
@@ -48,6 +58,10 @@ class Factoriser(ABC, Generic[C]):
     @abstractmethod
     def bits(self, layer: Layer, size: int) -> int:
         """What the layer's matrix takes at one size, and whatever else the method stores for it."""
+
+    def reads(self, layer: Layer, size: int) -> int:
+        """How many bits of them are read for one token."""
+        return self.bits(layer, size)
 
     def adds_bias(self, layer: Layer) -> bool:
         """Whether the replacement has a bias that the layer lacks: a stock model then has no place for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ class Store:
     def get(self, layer: str) -> dict[str, Tensor]:
         """A finished layer's tensors."""
         return self._kept[layer] if self.folder is None else load_file(str(self._path(layer)))
+
+    def once(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` returns, made once and kept apart from the layers."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{what}.tensors"
+        if not path.exists():
+            tensors = {name: t.detach().contiguous().cpu() for name, t in make().items()}
+            _whole(path, lambda draft: save_file(tensors, str(draft)))
+        return load_file(str(path))
 
 
 def _other(name: str, there: Any, wanted: Any) -> str:

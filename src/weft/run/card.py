@@ -41,6 +41,7 @@ def report_of(
         "model": run.options.model,
         "command": run.command(),
         "keep": {"promised": run.config.keep, "measured": made.keep},
+        "reads": made.reads,
         "bits": {"before": sum(row.dense for row in made.rows), "after": sum(row.bits for row in made.rows)},
         "file_bytes": {"before": _weights(folder_of(run.options.model or "")), "after": _weights(folder)},
         "dense": run.options.dense,
@@ -74,17 +75,22 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
     replaced = sum(layer["size"] is not None for layer in report["layers"])
     kept, bits, files = report["keep"], report["bits"], report["file_bytes"]
     base = "" if spec.startswith("builtin:") or Path(spec).expanduser().exists() else f"base_model: {spec}\n"
+    share = f"{kept['measured']:.4f} of the targeted matrices' stored bits are kept"
+    if kept["promised"] is None:
+        share += f", and {report['reads']:.4f} read for a token"
+    else:
+        share += f"; {kept['promised']:g} were asked for"
     lines = [
         f"---\nlibrary_name: transformers\n{base}tags: [weft, compressed, {run.method}]\n---",
         f"# {run.output.name}",
         f"`{spec}`, compressed by weft with `{run.method}`, after *{card.title}*{paper}."
         if replaced
-        else f"A copy of `{spec}`: `keep={run.config.keep:g}` leaves nothing to replace.",
+        else f"A copy of `{spec}`: `{card.knob}={getattr(run.config, card.knob):g}` leaves nothing to replace.",
         "| bytes | before | after |\n| --- | ---: | ---: |\n"
         f"| the {len(report['layers'])} targeted matrices | {bits['before'] // 8:,} | {bits['after'] // 8:,} |\n"
         f"| weight files | {files['before']:,} | {files['after']:,} |",
-        f"{replaced} matrices were replaced. {kept['measured']:.4f} of the targeted matrices' stored bits are kept; "
-        f"{kept['promised']:g} were asked for. `{REPORT_FILE}` has every layer, and what else was left as it is.",
+        f"{replaced} matrices were replaced. {share}. "
+        f"`{REPORT_FILE}` has every layer, and what else was left as it is.",
     ]
     if report["dense"]:
         lines.append(

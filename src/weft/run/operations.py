@@ -37,6 +37,8 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
     Counted are the weights' products, attention's at the sequences' mean length, and each layer's own statistics:
     layers that share an input share those, so there may be fewer.
     """
+    from weft.compress._calibration import FORWARD
+
     tokens = sum(each.tokens for each in found.values())
     length = tokens / max(sum(each.sequences for each in found.values()), 1)
     at, before, whole = _reach(model, length)
@@ -45,7 +47,7 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
     for block in dict.fromkeys(layer.block for layer in shape.layers):
         group = [layer for layer in shape.layers if layer.block == block and layer.name in named]
         needs = {layer.name: shape.maker.needs(layer) for layer in group}
-        if any({"input", "output"} & set(each) for each in needs.values()):
+        if any(FORWARD & set(each) for each in needs.values()):
             passes += tokens * max(at[layer.name] for layer in group)
         for layer in group:
             for need, side in (("input", layer.in_), ("output", layer.out)):
