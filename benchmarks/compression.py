@@ -39,12 +39,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd": ("svd", {}),
     "welore": ("welore", {}),
     "fwsvd": ("fwsvd", {}),
-    "svd_llm": ("svd_llm", {}),
+    "svd_llm": ("svd_llm", {"shrink": 0.0}),
     "lord": ("lord", {}),
     **{f"{slug}, shrink {a}": (slug, {"shrink": a}) for slug in ("svd_llm", "lord") for a in AMOUNTS},
-    "svd_llm, sequential": ("svd_llm", {"sequential": True}),
-    "svd_llm, water": ("svd_llm", {"allocate": "water"}),
-    "svd_llm, block_influence": ("svd_llm", {"allocate": "block_influence"}),
+    "svd_llm, sequential": ("svd_llm", {"shrink": 0.0, "sequential": True}),
+    "svd_llm, water": ("svd_llm", {"shrink": 0.0, "allocate": "water"}),
+    "svd_llm, block_influence": ("svd_llm", {"shrink": 0.0, "allocate": "block_influence"}),
 }
 
 

@@ -1,6 +1,6 @@
 """Repairing a quantised language model: QWHA beside LoRA of as many parameters, before and after training.
 
-    python benchmarks/quantised.py                   the table below, and benchmarks/results/quantised.jsonl
+    python benchmarks/quantised.py                   the table below, and results/quantised/pycode.jsonl
     python benchmarks/quantised.py --seeds 1         fewer seeds; what is measured already is kept
 
 builtin:pycode, every linear layer kept by torchao in 4 or 2 bits, groups of 64. Distance is KL(full ‖ adapted) in nats
@@ -39,7 +39,7 @@ import weft
 from weft import builtin
 from weft.algebra.svd import svd_top
 
-RESULTS = Path(__file__).parent / "results" / "quantised.jsonl"
+RESULTS = Path(__file__).parent / "results" / "quantised" / "pycode.jsonl"
 DTYPES = {4: torch.int4, 2: torch.int2}
 GROUP, R, LENGTH, ROUNDS = 64, 8, 256, 5
 STEPS, BATCH, RATES = 60, 8, (3e-4, 1e-3, 3e-3)
@@ -155,6 +155,7 @@ def read() -> dict[tuple[str, int, int], dict[str, Any]]:
 
 def write(rows: dict[tuple[str, int, int], dict[str, Any]]) -> None:
     """All rows, whole or not at all."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     draft = RESULTS.with_suffix(".part")
     draft.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)), encoding="utf-8")
     draft.replace(RESULTS)

@@ -11,7 +11,7 @@ from weft.compress._engine import compress
 def test_the_output_changes_least(in_, out):
     model = One(in_, out)
     w, x = model.layer.weight.detach().clone(), rows_of(model.layer)
-    (row,) = compress(model, "svd_llm", keep=0.4, data=list(x.split(50))).rows
+    (row,) = compress(model, "svd_llm", keep=0.4, shrink=0, data=list(x.split(50))).rows
     left = (x @ (model.layer.dense() - w).mT).square().sum()
     best = rank_one_sums(x @ w.mT, row.size)  # of all matrices of this rank, W or not
     torch.testing.assert_close(left, (best - x @ w.mT).square().sum(), rtol=1e-9, atol=0)
@@ -23,7 +23,7 @@ def test_the_output_changes_least(in_, out):
 def test_the_factors_project_the_output():
     model = One(23, 31)
     w, x = model.layer.weight.detach().clone(), rows_of(model.layer)
-    (row,) = compress(model, "svd_llm", keep=0.4, data=[x]).rows
+    (row,) = compress(model, "svd_llm", keep=0.4, shrink=0, data=[x]).rows
     u = torch.linalg.svd((x @ w.mT).mT, full_matrices=False).U[:, : row.size]
     torch.testing.assert_close(model.layer.dense(), u @ u.mT @ w, rtol=1e-8, atol=1e-10)
 
@@ -40,7 +40,7 @@ def test_a_feature_that_is_never_seen_costs_nothing():
     x = rows_of(model.layer)
     x[:, 5] = 0
     before = model(x).detach()
-    (row,) = compress(model, "svd_llm", keep=0.4, data=[x]).rows
+    (row,) = compress(model, "svd_llm", keep=0.4, shrink=0, data=[x]).rows
     after = model(x)
     assert torch.isfinite(model.layer.dense()).all()
     best = rank_one_sums(before - model.layer.bias, row.size) + model.layer.bias

@@ -9,12 +9,16 @@ E‖Wx − BAx‖² is the least of any BA of rank r: the sum of the squared sin
 also U_r·U_rᵀ·W: the layer's output, projected onto the directions in which it varies most about zero. LoRD takes the
 directions in which it varies most about its mean, and keeps the mean in a bias.
 
+S is moved by `shrink` towards a multiple of the identity, for which the method is plain SVD; 0 is the paper's. Without,
+the factors fit the calibration text and give part of that back on any other (benchmarks/compression.py).
+
 The paper goes on with the blocks before compressed: that is `sequential=True`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from weft.compress._calibration import Statistics
 from weft.compress._config import CalibratedConfig, LowRankConfig
@@ -35,6 +39,11 @@ CARD = Card(
 @dataclass
 class SvdLlmConfig(CalibratedConfig, LowRankConfig):
     """Options of SVD-LLM."""
+
+    shrink: float | Literal["auto"] = field(
+        default=0.3,
+        metadata={"help": "how far second moments move towards a multiple of the identity, 0 to 1, or auto"},
+    )
 
 
 class SvdLlmFactoriser(LowRankFactoriser[SvdLlmConfig]):
