@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import MODELS, Plain, batches, llama, tokens
+from models import MODELS, Plain, batches, gpt2, llama, tokens
 from torch import nn
 
 from weft.compress._calibration import Corpus, calibrate, influences
@@ -113,6 +113,20 @@ def test_influence_is_the_angle_that_a_block_turns():
     for name, (before, after) in seen.items():
         cosine = (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
         assert found[name] == pytest.approx(float((1 - cosine).mean()), rel=1e-9)
+
+
+def test_dropout_is_off_while_a_model_is_looked_at():
+    found = []
+    for training in (False, True):
+        model = gpt2().train(training)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        layers, data = targets(model, None, None), [Corpus(batches(model))]
+        moments = calibrate(model, data, layers, {layer.name: ("input",) for layer in layers})[layers[-1].name].input
+        found.append((moments.mean, influences(model, data, blocks(model))))
+        assert model.training == training
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_what_is_not_finite_names_its_layer():

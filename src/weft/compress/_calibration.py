@@ -106,16 +106,23 @@ def calibrate(
         return {layer.name: Statistics() for layer in layers}
     if len(data) > 1 and any(word.endswith("magnitudes") for layer in layers for word in needs[layer.name]):
         raise UsageError("thresholds on magnitudes count every token alike: give one corpus of calibration data")
-    model_was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         found = [_one_corpus(model, corpus.batches, layers, needs) for corpus in data]
-    finally:
-        model.train(model_was_training)
     if len(found) == 1:
         return found[0]
     weights = [corpus.weight / sum(c.weight for c in data) for corpus in data]
     return {layer.name: _mixed([each[layer.name] for each in found], weights) for layer in layers}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _mixed(parts: Sequence[Statistics], weights: Sequence[float]) -> Statistics:
@@ -308,7 +315,7 @@ def influences(model: nn.Module, data: Sequence[Corpus], blocks: Mapping[str, nn
 
     for corpus in data:
         for batch in corpus.batches:
-            with contextlib.ExitStack() as hooks, torch.inference_mode():
+            with contextlib.ExitStack() as hooks, torch.inference_mode(), _evaluating(model):
                 for name, block in blocks.items():
                     measure = hook(name, corpus.weight, mask_of(batch))
                     hooks.callback(block.register_forward_hook(measure, with_kwargs=True).remove)
