@@ -119,7 +119,7 @@ def test_the_run_file_and_the_command_repeat_the_run(weft, words, tmp_path):
     assert weft(*words("--keep", 0.6, "--include", "q_proj,mlp.up_proj", "--threads", 1))[0] == 0
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     file = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
-    assert file["include"] == ["q_proj", "mlp.up_proj"] and file["shrink"] == 0.0
+    assert file["include"] == ["q_proj", "mlp.up_proj"] and file["shrink"] == 0.3
     code, _, err = weft("compress", "--config", tmp_path / "out" / "run.yaml", "--output", tmp_path / "again")
     assert code == 0, err
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == first

@@ -25,7 +25,7 @@ def test_the_site_builds_strictly(tmp_path):
     assert done.returncode == 0, done.stderr
     for slug in weft.cards():
         page = (tmp_path / "methods" / f"{slug}.html").read_text(encoding="utf-8")
-        assert f"src/weft/adapters/{slug}.py" in page
+        assert f"src/weft/{weft.card(slug).pillar}/{slug}.py" in page
     assert not list(tmp_path.rglob("*.py"))
     fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', (tmp_path / "index.html").read_text())
     assert fetched == []

@@ -14,7 +14,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import dying
+import killed_compression
 
 from weft import registry
 from weft.errors import UsageError
@@ -191,7 +191,7 @@ def whole(llama, corpus, tmp_path_factory) -> bytes:
     out = tmp_path_factory.mktemp("whole") / "out"
     common = {"model": llama, "data": corpus, "method": "svd_llm", "keep": 0.6, "samples": 8, "max_length": 16}
     log = out.with_name("log")
-    assert dying.spawn(words_of({**common, "batch_size": 3, "output": out}), log, "never", 0) == 0
+    assert killed_compression.spawn(words_of({**common, "batch_size": 3, "output": out}), log, "never", 0) == 0
     assert len(log.read_text().split()) == LAYERS
     return (out / "model.safetensors").read_bytes()
 
@@ -201,10 +201,10 @@ def whole(llama, corpus, tmp_path_factory) -> bytes:
 def test_killed_and_the_same_command_again(kind, count, given, whole, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     words = words_of(given)
-    assert dying.spawn(words, log, kind, count) == -signal.SIGKILL
+    assert killed_compression.spawn(words, log, kind, count) == -signal.SIGKILL
     assert not out.exists()
     before = log.read_text().split() if log.exists() else []
-    assert dying.spawn(words, log, "never", 0) == 0
+    assert killed_compression.spawn(words, log, "never", 0) == 0
     computed = log.read_text().split()
     assert len(computed) == len(set(computed)) == LAYERS and computed[: len(before)] == before
     assert (out / "model.safetensors").read_bytes() == whole
@@ -215,19 +215,19 @@ def test_killed_and_the_same_command_again(kind, count, given, whole, tmp_path):
 @pytest.mark.slow
 def test_killed_when_all_is_written(given, whole, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    assert dying.spawn(words_of(given), log, "clean", 1) == -signal.SIGKILL
+    assert killed_compression.spawn(words_of(given), log, "clean", 1) == -signal.SIGKILL
     assert (out / "model.safetensors").read_bytes() == whole and (tmp_path / "out.work").exists()
-    assert dying.spawn(words_of(given), log, "never", 0) == 0
+    assert killed_compression.spawn(words_of(given), log, "never", 0) == 0
     assert not (tmp_path / "out.work").exists() and len(log.read_text().split()) == LAYERS
-    assert dying.spawn(words_of(given), log, "never", 0) == 2  # finished long ago
+    assert killed_compression.spawn(words_of(given), log, "never", 0) == 2  # finished long ago
 
 
 @pytest.mark.slow
 def test_finished_layers_serve_another_size_and_no_other_request(given, tmp_path):
     log = tmp_path / "log"
-    assert dying.spawn(words_of(given), log, "save", 1) == -signal.SIGKILL
-    assert dying.spawn(words_of(given, samples=4), log, "never", 0) == 2
-    assert dying.spawn(words_of(given, keep=0.5), log, "never", 0) == 0
+    assert killed_compression.spawn(words_of(given), log, "save", 1) == -signal.SIGKILL
+    assert killed_compression.spawn(words_of(given, samples=4), log, "never", 0) == 2
+    assert killed_compression.spawn(words_of(given, keep=0.5), log, "never", 0) == 0
     assert len(log.read_text().split()) == LAYERS
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
     assert 0.45 < report["keep"]["measured"] <= 0.5
@@ -237,11 +237,11 @@ def test_finished_layers_serve_another_size_and_no_other_request(given, tmp_path
 def test_block_by_block_goes_on_too(given, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     words = [*words_of(given), "--sequential"]
-    assert dying.spawn(words, log, "put", 9) == -signal.SIGKILL
-    assert dying.spawn(words, log, "never", 0) == 0
+    assert killed_compression.spawn(words, log, "put", 9) == -signal.SIGKILL
+    assert killed_compression.spawn(words, log, "never", 0) == 0
     computed = log.read_text().split()
     assert len(computed) == len(set(computed)) == LAYERS
     killed = (out / "model.safetensors").read_bytes()
     other = tmp_path / "other"
-    assert dying.spawn([*words_of(given, output=other), "--sequential"], log, "never", 0) == 0
+    assert killed_compression.spawn([*words_of(given, output=other), "--sequential"], log, "never", 0) == 0
     assert (other / "model.safetensors").read_bytes() == killed

@@ -67,7 +67,7 @@ def deviation(x: Tensor, e: Sequence[Tensor]) -> Tensor:
     """
     sizes, rank, modes = [len(core) for core in e], e[0].shape[-1], len(e)
     if modes == 1:
-        return x @ e[0].diagonal(dim1=2, dim2=3).sum(-1).mT
+        return _times(x, e[0].diagonal(dim1=2, dim2=3).sum(-1).mT)
     x_rest = x.reshape(-1, *reversed(sizes))  # n × I_D × … × I_1: the mode that is next comes last
     p = x_rest.reshape(-1, sizes[0]) @ e[0].permute(1, 2, 0, 3).reshape(sizes[0], -1)
     p = p.view(*x_rest.shape[:-1], rank, sizes[0], rank)  # … × (first ring index) × I_d × (last ring index)
@@ -76,11 +76,20 @@ def deviation(x: Tensor, e: Sequence[Tensor]) -> Tensor:
         total = (p + x_rest[..., None, :, None] / rank).flatten(-2)  # … × R × I_d·R
         kept = p.mean(-1)  # … × R × I_d
         if core is e[-1]:  # the ring closes
-            step = total.flatten(-2) @ core.permute(3, 1, 2, 0).reshape(-1, len(core))
+            step = _times(total.flatten(-2), core.permute(3, 1, 2, 0).reshape(-1, len(core)))
             return (step + kept.sum(-2)).movedim(-1, 1).reshape(x.shape)
-        step = total @ core.permute(1, 2, 0, 3).reshape(total.shape[-1], -1)
+        step = _times(total, core.permute(1, 2, 0, 3).reshape(total.shape[-1], -1))
         p = step.unflatten(-1, (len(core), rank)) + kept[..., None]
     raise AssertionError("unreachable")
+
+
+def _times(x: Tensor, m: Tensor) -> Tensor:
+    """x·M for x (… × k) and M (k × j), by one product of matrices.
+
+    `@` chooses between one product and a batch of them by whether M wants a gradient, and on some processors the two
+    differ in their last bits: a loaded adapter would not be the trained one.
+    """
+    return (x.reshape(-1, len(m)) @ m).view(*x.shape[:-1], -1)
 
 
 def _next_mode(p: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def spawn(*args) -> int:
     if _context is None:
         _context = multiprocessing.get_context("forkserver")
         _context.set_forkserver_preload(
-            ["torch", "transformers", "weft.run.compress", "weft.compress._engine", "dying"]
+            ["torch", "transformers", "weft.run.compress", "weft.compress._engine", "killed_compression"]
         )
     process = _context.Process(target=run, args=args)
     process.start()
