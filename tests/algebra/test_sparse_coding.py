@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weft.algebra import sparse_coding
+from weft.algebra.bits import pack, unpack
 from weft.algebra.random import generator
-from weft.algebra.sparse_coding import ksvd, omp, pack, spread, starting_atoms, sweep, unpack
+from weft.algebra.sparse_coding import ksvd, omp, spread, starting_atoms, sweep
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

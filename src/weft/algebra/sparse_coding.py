@@ -203,19 +203,3 @@ def ksvd(
 def _left(y: Tensor, atoms: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """‖y − s·A‖² of each row, in float64."""
     return (y - spread(index, values, len(atoms)) @ atoms).double().square().sum(1)
-
-
-# --- places as bits ---------------------------------------------------------------------------------------------------
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Rows of truth values (n × k) as bits, eight a byte, the first the lowest: uint8 (n × ⌈k/8⌉)."""
-    n, k = mask.shape
-    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -k % 8)).view(n, -(-k // 8), 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, k: int) -> Tensor:
-    """Truth values (n × k) from `pack`."""
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten(1)[:, :k].bool()

@@ -181,6 +181,13 @@ def weighted_svd(
     return WeightedSvd(norm * s, rest, u, weighted, near, transposed, w.dtype)
 
 
+def svd_operations(out: int, in_: int, rank: int) -> tuple[float, float]:
+    """What `weighted_svd` of an unweighted matrix takes: operations in matrix products, and in eigenvectors."""
+    short, long = sorted((out, in_))
+    q = 1.5 * rank + 16
+    return (12.0 * short * long * q, 9 * q**3) if 4 * q <= short else (1.0 * short**2 * long, 9.0 * short**3)
+
+
 def _left_vectors(m: Tensor, k: int, squares: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k leading left singular vectors (short × k, m's dtype) of a wide m of norm 1.
 

@@ -106,7 +106,7 @@ def calibrate(
         return {layer.name: Statistics() for layer in layers}
     if len(data) > 1 and any(word.endswith("magnitudes") for layer in layers for word in needs[layer.name]):
         raise UsageError("thresholds on magnitudes count every token alike: give one corpus of calibration data")
-    with _evaluating(model):
+    with evaluating(model):
         found = [_one_corpus(model, corpus.batches, layers, needs) for corpus in data]
     if len(found) == 1:
         return found[0]
@@ -115,7 +115,7 @@ def calibrate(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model without dropout, and afterwards as it was."""
     was_training = model.training
     model.eval()
@@ -313,11 +313,12 @@ def influences(model: nn.Module, data: Sequence[Corpus], blocks: Mapping[str, nn
 
         return measure
 
-    for corpus in data:
-        for batch in corpus.batches:
-            with contextlib.ExitStack() as hooks, torch.inference_mode(), _evaluating(model):
-                for name, block in blocks.items():
-                    measure = hook(name, corpus.weight, mask_of(batch))
-                    hooks.callback(block.register_forward_hook(measure, with_kwargs=True).remove)
-                call(model, batch)
+    with torch.inference_mode(), evaluating(model):
+        for corpus in data:
+            for batch in corpus.batches:
+                with contextlib.ExitStack() as hooks:
+                    for name, block in blocks.items():
+                        measure = hook(name, corpus.weight, mask_of(batch))
+                        hooks.callback(block.register_forward_hook(measure, with_kwargs=True).remove)
+                    call(model, batch)
     return {name: value / max(counts[name], 1.0) for name, value in sums.items()}

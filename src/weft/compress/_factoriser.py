@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weft.algebra.shrink import shrink
 from weft.algebra.statistics import Moments
-from weft.algebra.svd import weighted_svd
+from weft.algebra.svd import svd_operations, weighted_svd
 from weft.compress._allocate import Menus, Sizes, allocate
 from weft.compress._calibration import Corpus, Statistics
 from weft.compress._config import CompressConfig, LowRankConfig
@@ -41,7 +41,7 @@ class Factoriser(ABC, Generic[C]):
 
     def prepare(self, model: nn.Module, data: Sequence[Corpus], layers: Sequence[Layer]) -> Tensors:
         """What takes the whole model to find: once, before everything else, and kept on disk beside finished layers."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} prepares and must define prepare()")
 
     def needs(self, layer: Layer) -> tuple[str, ...]:
         """The statistics to collect: the words of `_calibration.NEEDS`."""
@@ -108,13 +108,10 @@ class LowRankFactoriser(Factoriser[L]):
         return size * (layer.out + layer.in_) * layer.weight.element_size() * 8
 
     def operations(self, layer: Layer) -> tuple[float, float] | None:
-        short, long = sorted((layer.out, layer.in_))
         ranks = self.sizes(layer)
         if not len(ranks):
             return 0.0, 0.0
-        q = 1.5 * ranks[-1] + 16
-        sketched = 4 * q <= short  # where `weighted_svd` finds a range first
-        products, eigen = (12.0 * short * long * q, 9 * q**3) if sketched else (1.0 * short**2 * long, 9.0 * short**3)
+        products, eigen = svd_operations(layer.out, layer.in_, ranks[-1])
         if {"input", "output"} & set(self.needs(layer)):  # the root of a moment, and its product with W
             side = layer.in_ if "input" in self.needs(layer) else layer.out
             products += side**3 / 3 + 2 * side * layer.out * layer.in_

@@ -81,6 +81,8 @@ def targets(model: nn.Module, include: list[str] | str | None, exclude: list[str
     apart = {id(part) for part in _heads(model)}
     apart |= {id(part) for layer in model.modules() if isinstance(layer, Structured) for part in layer.modules()}
     places = blocks(model)
+    included = matches(include) if include is not None else lambda name: True
+    excluded = matches(exclude) if exclude is not None else lambda name: False
     found, there = [], []
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, Conv1D) or not name:
@@ -89,7 +91,7 @@ def targets(model: nn.Module, include: list[str] | str | None, exclude: list[str
         if id(module) in apart or shared.get(id(weight), 0) > 1 or not weight.is_floating_point():
             continue
         there.append(name)
-        if (include is None or matches(include)(name)) and not (exclude is not None and matches(exclude)(name)):
+        if included(name) and not excluded(name):
             block = next((b for b in places if name.startswith(f"{b}.")), "")
             found.append(Layer(name, module, block))
     if not there:

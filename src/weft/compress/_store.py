@@ -48,11 +48,10 @@ class Store:
 
     def put(self, layer: str, tensors: dict[str, Tensor]) -> None:
         """Keep a finished layer; it is on the disk when this returns."""
-        tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         if self.folder is None:
-            self._kept[layer] = tensors
+            self._kept[layer] = _bare(tensors)
         else:
-            _whole(self._path(layer), lambda path: save_file(tensors, str(path)))
+            _whole(self._path(layer), lambda path: save_file(_bare(tensors), str(path)))
 
     def get(self, layer: str) -> dict[str, Tensor]:
         """A finished layer's tensors."""
@@ -64,9 +63,14 @@ class Store:
             return make()
         path = self.folder / f"{what}.tensors"
         if not path.exists():
-            tensors = {name: t.detach().contiguous().cpu() for name, t in make().items()}
-            _whole(path, lambda draft: save_file(tensors, str(draft)))
+            tensors = make()
+            _whole(path, lambda draft: save_file(_bare(tensors), str(draft)))
         return load_file(str(path))
+
+
+def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As files hold them: contiguous, on the CPU, without a graph."""
+    return {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
 
 
 def _other(name: str, there: Any, wanted: Any) -> str:

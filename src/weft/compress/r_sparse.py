@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.algebra.random import generator
-from weft.algebra.svd import weighted_svd
+from weft.algebra.svd import svd_operations, weighted_svd
 from weft.compress._allocate import Menus, Sizes
-from weft.compress._calibration import Corpus, Statistics, calibrate, corpora, loss_of
+from weft.compress._calibration import Corpus, Statistics, calibrate, corpora, evaluating, loss_of
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, Tensors
 from weft.compress._layers import Layer, targets
@@ -187,10 +187,7 @@ class RSparseFactoriser(Factoriser[RSparseConfig]):
         return reads(layer.out, layer.in_, channels, size) * layer.weight.element_size() * 8
 
     def operations(self, layer: Layer) -> tuple[float, float] | None:
-        short, long = sorted((layer.out, layer.in_))
-        rank = (*self.sizes(layer), 0)[0]
-        q = 1.5 * rank + 16
-        return (12.0 * short * long * q, 9 * q**3) if 4 * q <= short else (1.0 * short**2 * long, 9.0 * short**3)
+        return svd_operations(layer.out, layer.in_, (*self.sizes(layer), 0)[0])
 
     def decompose(self, layer: Layer, statistics: Statistics, size: int | None) -> Tensors:
         assert size is not None
@@ -333,13 +330,8 @@ class _Trials:
 
     def loss(self, ratios: Tensor) -> float:
         """The mean loss of all batches with these ρ (one a layer)."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self._sparse(ratios.tolist()), torch.no_grad():
-                losses = [float(loss_of(self.model, batch)) for corpus in self.data for batch in corpus.batches]
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), self._sparse(ratios.tolist()), torch.no_grad():
+            losses = [float(loss_of(self.model, batch)) for corpus in self.data for batch in corpus.batches]
         return sum(losses) / len(losses)
 
     @contextlib.contextmanager

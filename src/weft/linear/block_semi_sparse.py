@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from weft.algebra.bits import pack, unpack
 from weft.errors import UsageError
 from weft.linear._structured import Structured
 
@@ -203,14 +204,9 @@ def blocks_times(blocks: Tensor, x: Tensor) -> Tensor:
 
 def packed(mask: Tensor) -> Tensor:
     """A mask's bits in reading order, eight in a byte (uint8), the lowest first; the last byte is filled with zeros."""
-    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8))
-    return (flat.view(-1, 8) << _eight(mask)).sum(1, dtype=torch.uint8)
+    return pack(mask.flatten()[None])[0]
 
 
 def unpacked(bits: Tensor, out: int, in_: int) -> Tensor:
     """The mask (out × in, boolean) that was packed."""
-    return (bits[:, None] >> _eight(bits) & 1).flatten()[: out * in_].view(out, in_).bool()
-
-
-def _eight(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+    return unpack(bits[None], out * in_)[0].view(out, in_)

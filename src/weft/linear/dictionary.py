@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from weft.algebra.bits import pack, unpack
 from weft.algebra.random import generator
-from weft.algebra.sparse_coding import ksvd, pack, spread, unpack
+from weft.algebra.sparse_coding import ksvd, spread
 from weft.errors import UsageError, WeftError
 from weft.linear._structured import Structured, bare_linear
 

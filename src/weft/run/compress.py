@@ -443,7 +443,7 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
     Raises WeftError where files cannot be read or written; finished layers stay in the work folder.
     """
     from weft.compress._engine import compress
-    from weft.linear._transformers import attach_format, to_dense, whole_folder
+    from weft.linear._transformers import to_dense, whole_folder
     from weft.run import models
 
     started = time.monotonic()
@@ -460,7 +460,8 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
         made = compress(
             model, run.method, data=data or None, work=run.work / "layers", observer=observer, **run.settings
         )
-        model = to_dense(model) if run.options.dense else attach_format(model)
+        if run.options.dense:
+            to_dense(model)
         with whole_folder(run.output) as partial:
             model.save_pretrained(partial)
             _save_tokenizer(run, partial)
