@@ -152,7 +152,7 @@ def plan_table(run: _compress.Request, shape: _compress.Outline) -> Any:
         table.caption = f"allocate={run.config.allocate}: sizes follow from what is computed on the way"
         for layer in shape.layers:
             before = size(layer.bits / 8)
-            table.add_row(layer.name, f"{layer.out} × {layer.in_}", NOTHING, NOTHING, before, NOTHING)
+            table.add_row(layer.name, f"{layer.shape[0]} × {layer.shape[1]}", NOTHING, NOTHING, before, NOTHING)
         return table
     for row in shape.rows:
         change = f"{size(row.dense / 8)} → {size(row.bits / 8)}"

@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from weft.compress._engine import Observer
     from weft.compress._engine import Row as LayerRow
     from weft.compress._factoriser import Factoriser
-    from weft.compress._layers import Layer
+    from weft.compress._layers import Unit
     from weft.run.sources import Rows
 
 # Beside the weights and the tokenizer, what a model's folder may hold and needs to be used.
@@ -235,7 +235,7 @@ class Outline:
         left: other weights of two dimensions or more, which stay as they are: embeddings, heads, experts, convolutions.
     """
 
-    layers: list[Layer]
+    layers: Sequence[Unit]
     rows: list[LayerRow] | None
     needs: frozenset[str]
     left: dict[str, torch.Size]
@@ -254,11 +254,10 @@ def outline(run: Request, model: Any) -> Outline:
     """
     from weft.compress._engine import plan
     from weft.compress._factoriser import factoriser
-    from weft.compress._layers import targets
     from weft.linear._structured import kinds
 
     maker = factoriser(run.method, run.config)
-    layers = targets(model, run.config.include, run.config.exclude)
+    layers = maker.units(model)
     if run.options.dense and not kinds()[maker.kind].linear:
         raise UsageError(f"--dense: {run.method} makes layers that are no linear maps, which no stock model can hold")
     odd = next((layer.name for layer in layers if maker.adds_bias(layer)), None)
@@ -267,11 +266,12 @@ def outline(run: Request, model: Any) -> Outline:
             f"--dense: {run.method} gives {odd} a bias, for which {type(model).__name__} has no place; "
             "an option of the method may leave it out (lord: --no-center)"
         )
-    named = {f"{layer.name}.weight" for layer in layers}
+    parts = [part for layer in layers for part in layer.parts]
+    named = {f"{part.name}.weight" for part in parts}
     return Outline(
         layers,
         plan(model, run.method, **run.settings),
-        frozenset(need for layer in layers for need in maker.needs(layer)),
+        frozenset(need for part in parts for need in maker.needs(part)),
         {name: p.shape for name, p in model.named_parameters() if p.dim() >= 2 and name not in named},
         maker,
     )
