@@ -21,7 +21,9 @@ class Form(StrEnum):
 
 
 def command(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the saved adapter, or of a compressed model.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of the saved adapter, or of a compressed model.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],
     to: Annotated[
         Form,
@@ -42,7 +44,7 @@ def command(
         from weft.run.compress import write_dense
 
         if rank is not None or compact or model is not None:
-            raise UsageError("--rank, --compact and --model are for adapters: --to dense takes a compressed model as it is")
+            raise UsageError("--rank, --compact and --model are for adapters: --to dense takes a model as it is")
         print(write_dense(str(adapter), out))
         return
     from weft.run.models import check_safetensors

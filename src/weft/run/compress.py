@@ -209,7 +209,7 @@ def request(given: dict[str, Any]) -> Request:
     config: Any = registry.config_class(method).from_options(  # type: ignore[attr-defined]
         _options.check(method, method_options(method), settings)
     )
-    if not options.data and ("data" in registry.card(method).needs or config.allocate == "block_influence"):
+    if not options.data and ("data" in registry.card(method).needs or config.runs_the_model):
         who = method if "data" in registry.card(method).needs else f"allocate={config.allocate}"
         raise UsageError(f"--data is missing: {who} needs calibration data, builtin:stdlib say")
     run = Request(options, method, config)
@@ -259,7 +259,12 @@ class Outline:
     @property
     def reads_data(self) -> bool:
         """Whether calibration data has any influence."""
-        return bool(self.needs) or self.maker.config.allocate == "block_influence"
+        return bool(self.needs) or self.maker.config.runs_the_model
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether it is the model's own loss that counts, so that rows need labels."""
+        return "fisher" in self.needs or self.maker.config.allocate == "sweep"
 
 
 def outline(run: Request, model: Any) -> Outline:
@@ -326,7 +331,7 @@ def calibration(run: Request, model: Any, shape: Outline, say: Callable[[str], N
     if length < run.options.max_length:
         say(f"max_length is {length}, which is all that the model can see, not {run.options.max_length}")
     return {
-        source: _calibration(run, source, weight, model, "fisher" in shape.needs, tokenizer, length)
+        source: _calibration(run, source, weight, model, shape.reads_loss, tokenizer, length)
         for source, weight in run.options.corpora.items()
     }
 
