@@ -37,7 +37,8 @@ import weft.builtin
 from weft.algebra.gram import root, times_root
 from weft.algebra.random import generator
 from weft.algebra.sparse_coding import ksvd, omp, spread, starting_atoms, sweep
-from weft.linear.dictionary import Dictionary, _Codes, _sparse
+from weft.linear._codes import _Codes, _sparse
+from weft.linear.dictionary import Dictionary
 from weft.run.compare import commit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "algebra"))

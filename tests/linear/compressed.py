@@ -19,6 +19,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "dictionary": {"atoms": 9, "nonzeros": 4},
     "block_semi_sparse": {"block_out": 1, "block_in": 1},  # which divide every side
     "rank_aware_sparse": {"rank": 5, "tau": 0.1, "prefill_ratio": 0.999},  # sequences as short as here all run sparse
+    "low_rank_plus_sparse": {"rank": 2, "density": 0.25},
+    "spectral": {"rank": 3},
     "factored_embedding": {"rank": 3, "mean": True},
     "low_rank_conv": {"rank": 3},
 }
@@ -27,6 +29,8 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "dictionary": lambda out, in_: {"atoms": min(out, in_), "nonzeros": min(out, in_)},
     "block_semi_sparse": lambda out, in_: {"block_out": out, "block_in": in_, "kept": 4},
     "rank_aware_sparse": lambda out, in_: {"rank": min(out, in_), "tau": 0.1, "prefill_ratio": 0.999},
+    "low_rank_plus_sparse": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
+    "spectral": lambda out, in_: {"rank": min(out, in_)},
     "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
     "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},
 }
@@ -116,6 +120,8 @@ CASES = [
     ("gpt2", "dictionary"),
     ("llama", "block_semi_sparse"),
     ("bert", "rank_aware_sparse"),
+    ("gpt2", "low_rank_plus_sparse"),
+    ("llama", "spectral"),
     ("bert_words", "factored_embedding"),
     ("resnet", "low_rank_conv"),
 ]

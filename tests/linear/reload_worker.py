@@ -1,4 +1,4 @@
-"""In a process of its own: load what the tests saved by every loader, without weft, then with it, and tell what came."""
+"""In a process of its own: load what the tests saved by every loader, without weft, then with it; tell what came."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft import UsageError, WeftError
-from weft.linear import dictionary
+from weft.linear import _codes
 from weft.linear._structured import empty, stored_bits
 from weft.linear.dictionary import Dictionary
 
@@ -81,7 +81,7 @@ def test_places_are_stored_in_what_is_shorter(k, s, bits):
 
 @pytest.mark.parametrize("k, s", [(20, 10), (40, 3)])
 def test_gradients_are_those_of_the_dense_formula(k, s, monkeypatch):
-    monkeypatch.setattr(dictionary, "TILE", 5)  # several tiles, the last one narrower
+    monkeypatch.setattr(_codes, "TILE", 5)  # several tiles, the last one narrower
     layer = made(12, 7, k, s, bias=True)
     x = torch.randn(4, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
@@ -190,11 +190,11 @@ def test_a_damaged_support_is_an_error():
     layer = made(12, 7, 20, 10)
     state = {name: t.clone() for name, t in layer.state_dict().items()}
     state["support"][3, 0] ^= 1
-    with pytest.raises(WeftError, match="takes 10 of 20 atoms"):
+    with pytest.raises(WeftError, match="each output of this layer takes 10 of 20"):
         layer.load_state_dict(state)
 
 
 def test_at_half_the_atoms_a_bit_each_is_as_short_as_places_can_be():
     """What tells one choice of s among k from another: log2 of their number."""
     k, s = 200, 100
-    assert 0.97 * dictionary.support_bits(k, s) < math.log2(math.comb(k, s))
+    assert 0.97 * _codes.support_bits(k, s) < math.log2(math.comb(k, s))

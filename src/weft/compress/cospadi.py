@@ -43,8 +43,9 @@ from weft.compress._config import CalibratedConfig
 from weft.compress._factoriser import Factoriser, Tensors, moment
 from weft.compress._layers import Layer
 from weft.errors import UsageError
+from weft.linear._codes import smallest_int, support_bits
 from weft.linear._structured import Structured
-from weft.linear.dictionary import Dictionary, smallest_int, support_bits
+from weft.linear.dictionary import Dictionary
 from weft.registry import Card
 
 CARD = Card(
