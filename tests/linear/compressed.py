@@ -36,14 +36,18 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
-def structure(layer: nn.Module, kind: str, **options: Any) -> Structured:
-    """The layer of a kind that stands for a stock one."""
+def structure(
+    layer: nn.Module, kind: str, options: dict[str, Any] | Callable[[int, int], dict[str, Any]]
+) -> Structured:
+    """The layer of a kind that stands for a stock one; options may depend on the sides of its weight as a matrix."""
     weight: Any = layer.weight.detach()
+    weight = weight.mT if isinstance(layer, Conv1D) else weight
+    options = options(*weight.flatten(1).shape) if callable(options) else options
     if isinstance(layer, nn.Embedding):
         return kinds()[kind].from_dense(weight, padding_idx=layer.padding_idx, **options)
     if isinstance(layer, nn.Conv2d):
         return kinds()[kind].from_dense(weight, layer.bias, like=layer, **options)
-    return kinds()[kind].from_dense(weight.mT if isinstance(layer, Conv1D) else weight, layer.bias, **options)
+    return kinds()[kind].from_dense(weight, layer.bias, **options)
 
 
 def llama() -> nn.Module:
@@ -112,11 +116,9 @@ AUTO = {
     "bert_words": "AutoModelForSequenceClassification",
     "resnet": "AutoModelForImageClassification",
 }
-# Every kind in one model: what a model brings with it is nothing to the kinds. One kind meets all of its models.
+# Every kind in a model, and every model with a kind: what one brings with it is nothing to the other.
 CASES = [
     ("llama", "low_rank"),
-    ("gpt2", "low_rank"),
-    ("bert", "low_rank"),
     ("gpt2", "dictionary"),
     ("llama", "block_semi_sparse"),
     ("bert", "rank_aware_sparse"),
@@ -125,6 +127,8 @@ CASES = [
     ("bert_words", "factored_embedding"),
     ("resnet", "low_rank_conv"),
 ]
+# One kind in all its models, for what has to do with both.
+MORE_CASES = [*CASES, ("gpt2", "low_rank"), ("bert", "low_rank")]
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -139,21 +143,18 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def compress(model: Any, endings: Iterable[str], kind: str, options: Callable[[int, int], dict[str, Any]]) -> Any:
-    """Put structured layers of a kind in place of the layers with these names, and make the model save them.
-
-    The options follow from the weight's sides, seen as a matrix.
-    """
+def compress(model: Any, endings: Iterable[str], kind: str, options: Any) -> Any:
+    """Put structured layers of a kind in place of the layers with these names, and make the model save them."""
     for name, layer in list(model.named_modules()):
         if name.endswith(tuple(f".{e}" for e in endings)) or name in endings:
-            model.set_submodule(name, structure(layer, kind, **options(*layer.weight.flatten(1).shape)))
+            model.set_submodule(name, structure(layer, kind, options))
     return attach_format(model).eval()
 
 
 def compressed(name: str, kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of each family with small structured layers, and others whose factors are as large as W or larger."""
     model, (first, *others) = make(name, dtype), MODELS[name][1]
-    return compress(compress(model, others, kind, lambda *sides: SMALL[kind]), [first], kind, FULL[kind])
+    return compress(compress(model, others, kind, SMALL[kind]), [first], kind, FULL[kind])
 
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:

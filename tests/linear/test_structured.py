@@ -53,8 +53,8 @@ def reference(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) 
 def made(kind: str, out: int, in_: int, **of_stock) -> tuple[Structured, nn.Module]:
     """A small one, where the matrix is large enough for it, and the layer that it stands for."""
     layer = stock(kind, out, in_, **of_stock)
-    options = compressed.SMALL[kind] if min(out, in_) > 4 else compressed.FULL[kind](*layer.weight.flatten(1).shape)
-    return compressed.structure(layer, kind, **options), layer
+    options = compressed.SMALL[kind] if min(out, in_) > 4 else compressed.FULL[kind]
+    return compressed.structure(layer, kind, options), layer
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -75,7 +75,7 @@ def test_forward_is_that_of_the_dense_weight(kind, shape, bias):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_at_its_full_setting_it_is_the_layer(kind, shape, dtype, tolerance):
     dense = stock(kind, *shape, dtype=dtype)
-    layer = compressed.structure(dense, kind, **compressed.FULL[kind](*dense.weight.flatten(1).shape))
+    layer = compressed.structure(dense, kind, compressed.FULL[kind])
     x = inputs(dense, dtype)
     found = layer(x).double()
     expected = dense.double()(x if x.dtype == torch.long else x.double())

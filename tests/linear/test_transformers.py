@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from compressed import AUTO, CASES, MODELS, inputs, logits, make, structured
+from compressed import AUTO, CASES, MODELS, MORE_CASES, inputs, logits, make, structured
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,15 +31,15 @@ def loaders(name: str) -> tuple[str, str, str]:
     return "AutoModel", AUTO[name], type(MODELS[name][0]()).__name__
 
 
-def load(folder: Path, name: str, loader: int = 1, **kwargs):
-    return getattr(transformers, loaders(name)[loader]).from_pretrained(folder, **kwargs)
+def load(folder: Path, name: str, **kwargs):
+    return getattr(transformers, AUTO[name]).from_pretrained(folder, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """Every case, saved."""
     folders = {}
-    for name, kind in CASES:
+    for name, kind in MORE_CASES:
         folder = folders[name, kind] = tmp_path_factory.mktemp("saved") / f"{name}-{kind}"
         model = compressed.compressed(name, kind)
         save_compressed(model, folder)
@@ -64,6 +64,9 @@ def case(request) -> tuple[str, str]:
     return request.param
 
 
+more = pytest.mark.parametrize("case", MORE_CASES, ids="-".join)
+
+
 def test_every_kind_and_every_model_is_among_the_cases():
     assert {kind for _, kind in CASES} == set(kinds()) and {name for name, _ in CASES} == set(MODELS)
 
@@ -81,6 +84,7 @@ def test_a_new_process_loads_it_by_every_class_bit_for_bit_and_without_weft_by_n
     assert set(told.values()) == {"equal"}, told
 
 
+@more
 def test_the_second_save_is_the_first(saved, resaved, case):
     first, second = saved[case], resaved[case]
     assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())
@@ -89,6 +93,7 @@ def test_the_second_save_is_the_first(saved, resaved, case):
     assert all(torch.equal(t, tensors[1][key]) for key, t in tensors[0].items())
 
 
+@more
 def test_the_config_names_modules_as_the_base_model_does(saved, case):
     name, kind = case
     told = json.loads((saved[case] / "config.json").read_text())["quantization_config"]
@@ -130,9 +135,8 @@ def test_a_missing_tensor_is_an_error(saved, case, of, tmp_path):
         return
     del tensors[f"{name}.{min(own)}"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    for loader in range(3):
-        with pytest.raises(weft.WeftError, match=rf"the checkpoint misses .*{name.rpartition('.')[2]}.{min(own)}"):
-            load(folder, case[0], loader)
+    with pytest.raises(weft.WeftError, match=rf"the checkpoint misses .*{name.rpartition('.')[2]}.{min(own)}"):
+        load(folder, case[0])
 
 
 @pytest.mark.parametrize(
@@ -395,6 +399,7 @@ def test_torchao_quantises_the_factors_inside(saved, name, tmp_path):
 # --- dense again ------------------------------------------------------------------------------------------------------
 
 
+@more
 def test_dense_export_is_the_stock_model(saved, case, tmp_path):
     name, _ = case
     model = load(saved[case], name)
