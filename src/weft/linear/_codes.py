@@ -4,8 +4,8 @@ S (out × k) has s entries in each row, v (out × s), `values`, at places that t
 whole numbers of 8, 16 or 32 bits, whichever is shorter: `support`. In memory are the whole numbers besides.
 
 With many rows of x, S is written out for some of its rows at a time and multiplied as a dense matrix; a processor
-multiplies by the sparse matrix where that is faster, with few rows of x or few entries in a row of S.
-benchmarks/sparse_coding.py measures the ways.
+multiplies by the sparse matrix where that is faster, with few rows of x, or few entries in a row of S and float32.
+benchmarks/sparse_coding.py and benchmarks/low_rank_plus_sparse.py measure the ways.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from weft.linear._structured import StructuredLinear
 
 TILE = 256  # rows of S that are written out at a time: few enough to stay near the processor
 FEW = 64  # rows of x up to which the sparse product of a processor is faster, and which it takes at a time
-THIN = 0.125  # share of a row's entries up to which it is faster with any number
+THIN = 0.125  # share of a row's entries up to which it is faster with any number, but for half the bits
 SPARSE = torch.backends.mkl.is_available()  # whether there is one
 
 
@@ -83,7 +83,9 @@ def _is_faster(z: Tensor, s: int) -> bool:
     """Whether a sparse product is there, and faster. It knows neither gradients of the values nor autocast."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return SPARSE and z.device.type == "cpu" and len(z) > 0 and (len(z) <= FEW or s <= THIN * z.shape[1])
+    if not SPARSE or z.device.type != "cpu" or len(z) == 0:
+        return False
+    return len(z) <= FEW or (s <= THIN * z.shape[1] and z.element_size() >= 4)
 
 
 def _sparse(z: Tensor, values: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
