@@ -6,9 +6,9 @@
 W = B·A + S. r·(in + out) + s·out numbers in place of in·out, and where the s·out are: for each row a bit a column, or s
 whole numbers, whichever is shorter. Every row of S has as many entries, so that no output is left without.
 
-Where no gradient is asked for, a processor multiplies by S without writing it out: in float32 that takes less time than
-the dense layer does, for an S up to a tenth full. Elsewhere S is written out for some of its rows at a time, and what is
-saved is memory alone; so it is in bfloat16, whose dense products are fast on many processors.
+Where no gradient is asked for, a processor multiplies by S without writing it out. In float32 that takes less time than
+the dense layer does, for an S up to a tenth full. In bfloat16, whose dense products are fast on many processors, and
+wherever else S is written out for some of its rows at a time, what is saved is memory alone.
 benchmarks/low_rank_plus_sparse.py measures it.
 """
 
