@@ -9,11 +9,12 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))  # models.py
 
-from models import MODELS, Plain, batches, llama
+from models import MODELS, Plain, batches, llama, tokens
 
 import weft
 from weft.compress import _engine
@@ -115,6 +116,64 @@ def _next_step(method, keep, layer, row):
     if not larger and "fixed_point" in weft.card(method).reasons:
         return float("inf")  # it stops at its largest size, whatever is left over
     return (maker.bits(layer, larger[0]) if larger else row.dense) - row.bits
+
+
+# memory: the model, one block's statistics, one batch's activations, and the workspace that the method states
+
+
+def most_bytes(work):
+    """The most bytes that the tensors of some work held at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+def tensors_of(statistics):
+    """The tensors of one layer's statistics; layers that receive the same share some."""
+    for part in vars(statistics).values():
+        inner = part if isinstance(part, tuple) else getattr(part, "__dict__", {}).values()
+        yield from (t for t in inner if isinstance(t, torch.Tensor))
+
+
+@every_method
+def test_a_model_of_many_blocks_is_compressed_in_little_more_than_its_own_memory(method, tmp_path):
+    torch.manual_seed(0)
+    width, inner, blocks = 32, 48, 6
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 100, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    data = [{"input_ids": tokens(2, 8, seed)} for seed in range(2)]
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    maker = factoriser(method, weft.config_class(method)(**keeping(method, 0.5)))
+    graded = any("fisher" in maker.needs(part) for unit in maker.units(model) for part in unit.parts)
+
+    def a_pass():
+        row = {"input_ids": data[0]["input_ids"][:1]}
+        model(**row, labels=row["input_ids"]).loss.backward() if graded else None
+        with torch.no_grad():
+            model(**data[0], use_cache=False)
+
+    activations = most_bytes(a_pass)
+    model.zero_grad()
+    first = [part for unit in maker.units(model) for part in unit.parts if unit.block == "model.layers.0"]
+    seen = calibrate(model, [Corpus(data)], first, {part.name: maker.needs(part) for part in first})
+    statistics = sum({id(t): t.numel() * t.element_size() for each in seen.values() for t in tensors_of(each)}.values())
+    given = copy.deepcopy(model), {**keeping(method, 0.5), "data": data, "work": tmp_path}
+    done = []
+
+    def work():
+        mine = copy.deepcopy(given[0])
+        done.append(compress(mine, method, **given[1]))
+
+    most = most_bytes(work)
+    grown = max(sum(row.bits - row.dense for row in done[0].rows) // 8, 0)  # by a method that saves traffic alone
+    allowed = own + grown + statistics + activations + maker.workspace(maker.units(model))
+    assert own < most <= 1.05 * allowed
 
 
 # 2. keep = 1 replaces nothing; the full setting is the layer

@@ -115,10 +115,7 @@ def compress(
     needs = _needs(maker, layers)
     if not data and (any(needs.values()) or config.runs_the_model):
         raise UsageError(f"{method} needs calibration data: give data, batches of what the model is called with")
-    parts = [part for layer in layers for part in layer.parts]
-    broken = [part.name for part in parts if not bool(torch.isfinite(part.weight).all())]
-    if broken:
-        raise UsageError(f"{broken[0]} has weights that are not finite; leave it out with exclude, or mend the model")
+    _check_finite(layers)
     if config.sequential and READS.get(config.allocate) in ("errors", "losses") and any(needs.values()):
         raise UsageError(
             f"allocate={config.allocate!r} compares what all layers lose, which sequential calibration finds one "
@@ -163,11 +160,19 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
     return [job.row(layer, sizes[layer.name], kind if sizes[layer.name] is not None else None) for layer in layers]
 
 
-def _settled(model: nn.Module, method: str, options: dict[str, Any]) -> tuple[str, Factoriser[Any], Sequence[Unit]]:
+def _settled(model: nn.Module, method: str, options: dict[str, Any]) -> tuple[str, Factoriser[Any], list[Unit]]:
     card = registry.card(method, "compress")
     config: Any = registry.config_class(card.slug).from_options(options)  # type: ignore[attr-defined]
     maker = factoriser(card.slug, config)
-    return card.slug, maker, maker.units(model)
+    return card.slug, maker, list(maker.units(model))
+
+
+def _check_finite(layers: Sequence[Unit]) -> None:
+    for part in (part for layer in layers for part in layer.parts):
+        if not bool(torch.isfinite(part.weight).all()):
+            raise UsageError(
+                f"{part.name} has weights that are not finite; leave it out with exclude, or mend the model"
+            )
 
 
 def _needs(maker: Factoriser[Any], layers: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
@@ -195,11 +200,14 @@ def _request(
 
 @dataclass
 class _Job:
-    """One call of `compress` at work."""
+    """One call of `compress` at work.
+
+    `layers` holds what is not replaced yet and, by its modules, the dense weights: a replaced layer's are freed.
+    """
 
     model: nn.Module
     maker: Factoriser[Any]
-    layers: Sequence[Unit]
+    layers: list[Unit]
     needs: Mapping[str, Sequence[str]]
     data: Sequence[Corpus]
     store: Store
@@ -214,15 +222,19 @@ class _Job:
         sizes = self.choose()
         if not self.maker.nested:
             self.decompose(self.layers, sizes)
-        return [self.replaced(layer, sizes[layer.name]) for layer in self.layers]
+        rows = []
+        while self.layers:
+            rows.append(self.replaced(self.layers.pop(0), sizes))
+        return rows
 
     def block_by_block(self) -> list[Row]:
         """Sizes first; then each block by what the compressed blocks before it pass on."""
         sizes = self.choose()
         rows = []
-        for group in _groups(self.layers):
-            self.decompose(group, sizes)
-            rows += [self.replaced(layer, sizes[layer.name]) for layer in group]
+        while self.layers:
+            many = len(_groups(self.layers)[0])
+            self.decompose(self.layers[:many], sizes)
+            rows += [self.replaced(self.layers.pop(0), sizes) for _ in range(many)]
         return rows
 
     # --- the steps --------------------------------------------------------------------------------------------------
@@ -308,8 +320,9 @@ class _Job:
         """What each size of a layer leaves, where the method knows; nothing for a layer that has no size."""
         return self.store.get(layer.name).get("errors") if layer.name in self.store else torch.zeros(0)
 
-    def replaced(self, layer: Unit, size: int | None) -> Row:
-        """The layer's row, after its replacement by the given size."""
+    def replaced(self, layer: Unit, sizes: Sizes) -> Row:
+        """The layer's row, after its replacement by its size."""
+        size = sizes[layer.name]
         if size is None:
             row = self.row(layer, None)
         else:

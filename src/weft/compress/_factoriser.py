@@ -89,6 +89,11 @@ class Factoriser(ABC, Generic[C]):
         """
         return None
 
+    def workspace(self, layers: Sequence[Any]) -> float:
+        """Bytes held at most beside the model, a block's statistics and a batch's activations."""
+        side = max(max(part.shape) for layer in layers for part in layer.parts)
+        return 8 * 8 * side**2  # eight matrices in float64: a moment, its root, W weighted, singular vectors, …
+
     @abstractmethod
     def decompose(self, layer: Any, statistics: Any, size: int | None) -> Tensors:
         """The tensors of one layer; `size` is None for a nested method, which keeps what any size is cut from.

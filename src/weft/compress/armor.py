@@ -132,6 +132,10 @@ class ArmorFactoriser(Factoriser[ArmorConfig]):
         each = 7.0 * layer.out * layer.in_ * sum(_blocks(layer, sizes[-1])) if sizes else 0.0
         return self.config.iterations * each, 0.0
 
+    def workspace(self, layers: Sequence[Layer]) -> float:
+        # W, the core, its gradient, and what a step of the descent multiplies
+        return max(8.0 * 12 * layer.out * layer.in_ for layer in layers)
+
     def decompose(self, layer: Layer, statistics: Statistics, size: int | None) -> Tensors:
         assert statistics.input is not None and size is not None
         wn, rows, columns = normalised(layer.wide)
