@@ -22,7 +22,7 @@ _WHERE = "Where it runs"
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Dense model: hub id, folder, or builtin:pycode.", rich_help_panel=_NEEDED)],
+    model: Annotated[str, typer.Option(help="A dense model: hub id, folder, builtin:pycode.", rich_help_panel=_NEEDED)],
     data: Annotated[
         str,
         typer.Option(
@@ -31,9 +31,7 @@ def command(
             rich_help_panel=_NEEDED,
         ),
     ],
-    methods: Annotated[
-        str, typer.Option(help="Names between commas: svd,svd_llm,lord, ...", rich_help_panel=_NEEDED)
-    ],
+    methods: Annotated[str, typer.Option(help="Names between commas: svd,svd_llm,lord, ...", rich_help_panel=_NEEDED)],
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl and report.html.", rich_help_panel=_NEEDED)],
     keep: Annotated[
         str,
@@ -148,7 +146,7 @@ def command(
 
 
 def _shares(text: str) -> tuple[float, ...]:
-    """"0.9,0.5" as numbers, the largest first."""
+    """ "0.9,0.5" as numbers, the largest first."""
     found = []
     for word in (part.strip() for part in text.split(",")):
         try:
@@ -203,7 +201,8 @@ def plan_lines(study: Study, found: Row) -> list[str]:
     for corpus in found["corpora"]:
         held = "".join(f"; {note}" for note in corpus["notes"])
         counts = f"{plural(corpus['rows'], 'row')} of {plural(corpus['documents'], 'text')}"
-        lines.append(f"test: {counts} of {corpus['data']}, {corpus['split']}{held}")
+        split = ", test split" if corpus["split"] == "test" else ""
+        lines.append(f"test: {counts} of {corpus['data']}{split}{held}")
     if len(found["corpora"]) == 1:
         lines.append("one test corpus: --data2 names another, unlike the calibration text, which says more")
     return [*lines, *found["notes"]]
@@ -231,7 +230,8 @@ def run_study(study: Study, output: Path, *, workers: int | None = None, retry_f
             )
         except KeyboardInterrupt:
             progress.stop()
-            raise WeftError(f"interrupted after {progress.done} of {progress.total} rows; go on with: {again}") from None
+            done = f"after {progress.done} of {progress.total} rows"
+            raise WeftError(f"interrupted {done}; go on with: {again}") from None
     report.html(output / "results.jsonl", output / "report.html")
     console.print(report.terminal_table(output / "results.jsonl"))
     failed = sum(row.get("status") == "failed" for row in rows)

@@ -30,9 +30,9 @@ def html(results: Path, out: Path) -> None:
         WeftError: the library that draws the figures is not installed.
     """
     path = Path(results)
-    head, *rest = parse(path)
+    head, rows, notes = parse(path)
     compression = head.get("pillar") == "compress"
-    write(Path(out), tradeoffs.render(tradeoffs.digest(head, *rest)) if compression else render(read(path)))
+    write(Path(out), tradeoffs.render(tradeoffs.digest(head, rows, notes)) if compression else render(read(path)))
 
 
 def render(study: Study) -> str:

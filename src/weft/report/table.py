@@ -23,9 +23,9 @@ def terminal_table(results: Path) -> Table:
     Raises:
         UsageError: there are no results to show.
     """
-    head, *rest = parse(Path(results))
+    head, rows, remarks = parse(Path(results))
     if head.get("pillar") == "compress":
-        return tradeoffs.terminal_table(tradeoffs.digest(head, *rest))
+        return tradeoffs.terminal_table(tradeoffs.digest(head, rows, remarks))
     study = read(Path(results))
     lines = [*study.lines, *study.references]
     forgetting = any(line.forgetting for line in lines)

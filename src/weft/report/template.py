@@ -1,4 +1,4 @@
-"""What the pages of all reports are made with: Jinja templates beside this file, numbers in words, a file written whole."""
+"""What the pages of all reports are made with: templates, values in words, modules as a grid, files written whole."""
 
 from __future__ import annotations
 

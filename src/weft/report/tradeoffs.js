@@ -4,14 +4,14 @@ let shownKeep = keeps[Math.floor(keeps.length / 2)];
 
 // ---- figure: perplexity against what a model costs, a line a method through its shares
 const BYTES = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]];
-const RATE = [[1e6, "millions"], [1e3, "thousands"], [1, ""]];
+const TIMES = { label: "Tokens a second, times the dense model's", units: [[1, ""]] };
 const AXES = {
   bytes: { label: "Stored", units: BYTES },
   read_bytes: { label: "Read for a token", units: BYTES },
-  prefill1: { label: "Tokens a second", units: RATE },
-  prefill16: { label: "Tokens a second", units: RATE },
-  decode1: { label: "Tokens a second", units: RATE },
-  decode16: { label: "Tokens a second", units: RATE },
+  decode1: TIMES,
+  decode16: TIMES,
+  prefill1: TIMES,
+  prefill16: TIMES,
 };
 const CEILING = 1000; // times the dense model's perplexity: what lies above is drawn at the edge
 
@@ -28,21 +28,21 @@ function trade(box, width) {
   const points = found.map((d) => ({ ...d, x: d.p[cost] / divisor, y: Math.min(d.y ?? edge, edge), beyond: d.y === null || d.y > edge }));
   const low = d3.min([...points.map((d) => d.y), reference ?? Infinity]);
   const log = edge / low > 4;
-  const yDomain = log ? [low / 1.15, edge * 1.25] : padded([low, Math.max(edge, low * 1.02)], 0.08);
+  const yDomain = log ? [low / 1.25, edge * 1.25] : padded([low, Math.max(edge, low * 1.02)], 0.08);
   const own = dense && dense[cost] > 0 ? [{ x: dense[cost] / divisor, y: reference }] : [];
   const xDomain = padded(d3.extent([...points, ...own], (d) => d.x), 0.09);
-  const lines = reference === null ? [] : [{ y: reference, text: "dense", dash: "5 4" }, { y: 2 * reference, text: "2 × dense", dash: "1 4" }].filter((d) => inside(d.y, yDomain));
+  const lines = reference === null ? [] : [{ y: reference, text: "dense", dash: "5 4", dy: 9 }, { y: 2 * reference, text: "2 × dense", dash: "1 4", dy: -7 }].filter((d) => inside(d.y, yDomain));
   const base = {
     width, height: Math.round(Math.min(380, Math.max(300, width * 0.7))), marginLeft: 50, marginRight: 14, marginTop: 14, marginBottom: 42,
     x: { domain: xDomain, ticks: Math.max(3, width / 95), label: unit ? `${axis.label} (${unit})` : axis.label, labelAnchor: "center", labelArrow: "none" },
     y: { type: log ? "log" : "linear", domain: yDomain, grid: true, ticks: log ? ticks(yDomain, true) : 6, tickFormat: log ? (t) => d3.format(t < 1e4 ? "~r" : "~s")(+t.toPrecision(3)) : undefined, label: null },
   };
   const by = { x: "x", y: "y", stroke: (d) => colour(d.m), strokeDasharray: (d) => dash(d.m) };
-  const solid = points.filter((d) => !d.p.collapsed);
-  const hollow = points.filter((d) => d.p.collapsed);
+  const solid = points.filter((d) => !d.p.collapsed[corpus]);
+  const hollow = points.filter((d) => d.p.collapsed[corpus]);
   const marks = [
     ...lines.map((d) => Plot.ruleY([d], { y: "y", stroke: "var(--reference)", strokeDasharray: d.dash })),
-    Plot.text(lines, { y: "y", text: "text", frameAnchor: "left", textAnchor: "start", dx: 5, dy: -7, fill: "var(--reference)", stroke: "var(--paper)", strokeWidth: 3 }),
+    ...lines.map((d) => Plot.text([d], { y: "y", text: "text", frameAnchor: "left", textAnchor: "start", dx: 5, dy: d.dy, fill: "var(--reference)", stroke: "var(--paper)", strokeWidth: 3 })),
     Plot.dot(own, { x: "x", y: "y", r: 5, stroke: "var(--reference)", strokeWidth: 1.6, className: "dense" }),
     ...methods.map((m) => { const mine = d3.sort(points.filter((d) => d.m === m), (d) => d.p.keep); return named(Plot.line(mine, { ...by, stroke: colour(m), strokeDasharray: dash(m), strokeWidth: 1.6, strokeOpacity: 0.75, className: "line" }), mine); }),
     named(Plot.dot(hollow, { x: "x", y: "y", r: 4.6, symbol: (d) => symbol(d.m), fill: "var(--paper)", stroke: (d) => colour(d.m), strokeWidth: 1.5, className: "points" }), hollow),
@@ -57,7 +57,7 @@ function trade(box, width) {
   return plot({ ...base, marks: [...marks, ...labels, tip(points, { x: "x", y: "y", title: (d) => told(d, cost, corpus) })] });
 }
 function told({ m, p }, cost, corpus) {
-  const speed = cost in { bytes: 0, read_bytes: 0 } ? "" : `\n${d3.format(",.0f")(p[cost])} tokens/s`;
+  const speed = cost in p.text.speeds ? `\n${p.text.speeds[cost]} tokens/s, × ${p[cost].toFixed(2)}` : "";
   return `${m.name} at ${p.keep}${p.text.state ? ` · ${p.text.state}` : ""}\nperplexity ${p.text.y[corpus]}\n${p.text.costs}${speed}`;
 }
 

@@ -38,7 +38,7 @@ class Entry:
         row, speed: what was measured; `speed` is empty without a speed row that came out.
         standings: of the rankings at this share, one a test corpus; None where it has no place in it.
         gaps: what separates it from the first of each ranking; None for the first.
-        collapsed: on the first corpus, whether it stands in the ranking or not.
+        wrecks: for each corpus whether it collapsed there, whether it stands in the ranking or not.
     """
 
     index: int
@@ -46,7 +46,12 @@ class Entry:
     speed: Row = field(default_factory=dict)
     standings: list[Standing | None] = field(default_factory=list)
     gaps: list[Pair | None] = field(default_factory=list)
-    collapsed: bool = False
+    wrecks: list[bool] = field(default_factory=list)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether it collapsed on the first corpus, by which methods are ranked."""
+        return bool(self.wrecks and self.wrecks[0])
 
     @property
     def name(self) -> str:
@@ -57,9 +62,14 @@ class Entry:
         """On a test corpus; None where it is not finite or was not measured."""
         return finite(self.row["corpora"][corpus].get("perplexity")) if self.row["corpora"] else None
 
-    def tokens(self, stage: str, batch: str) -> float | None:
-        """Tokens a second."""
-        return finite(((self.speed.get("speed") or {}).get(stage) or {}).get(batch))
+    def tokens(self, stage: str, batch: str, whose: str = "speed") -> float | None:
+        """Tokens a second; with `whose="dense_speed"` those of the dense model, which took turns with this one."""
+        return finite(((self.speed.get(whose) or {}).get(stage) or {}).get(batch))
+
+    def faster(self, stage: str, batch: str) -> float | None:
+        """How many times the dense model's speed."""
+        mine, other = self.tokens(stage, batch), self.tokens(stage, batch, "dense_speed")
+        return mine / other if mine and other else None
 
 
 @dataclass
@@ -144,7 +154,7 @@ def digest(head: Row, rows: list[Row], notes: list[str]) -> Tradeoffs:
             if row["phase"] == "quality" and row["keep"] == keep
         ]
         for entry in entries:
-            _stand(entry, rankings[keep], losses[0] if losses else None)
+            _stand(entry, rankings[keep], losses)
         tables[keep] = sorted(entries, key=_order)
     if len(corpora) == 1:
         notes.append("One test corpus: a model looks best on text such as it was compressed with (--data2).")
@@ -159,15 +169,17 @@ def _ranking(rows: Sequence[Row], keep: float, corpus: int, notes: list[str]) ->
         return Ranking((), ())
 
 
-def _stand(entry: Entry, rankings: Sequence[Ranking], dense: float | None) -> None:
-    for ranking in rankings:
+def _stand(entry: Entry, rankings: Sequence[Ranking], dense: Sequence[float | None]) -> None:
+    for corpus, ranking in enumerate(rankings):
         standing = next((each for each in ranking.standings if each.method == entry.name), None)
         first = ranking.standings[0].method if ranking.standings else entry.name
         entry.standings.append(standing)
         entry.gaps.append(None if standing is None or first == entry.name else ranking.pair(entry.name, first))
-    if entry.row["status"] == "ok" and dense is not None:
-        loss = finite(entry.row["corpora"][0].get("loss"))
-        entry.collapsed = loss is None or not loss < dense + COLLAPSED
+        loss = finite(entry.row["corpora"][corpus].get("loss")) if entry.row["status"] == "ok" else None
+        limit = dense[corpus]
+        entry.wrecks.append(
+            entry.row["status"] == "ok" and (loss is None or (limit is not None and not loss < limit + COLLAPSED))
+        )
 
 
 def _order(entry: Entry) -> tuple[Any, ...]:
@@ -183,7 +195,9 @@ def _number(value: float | None) -> str:
     """A perplexity: two decimals while it is small."""
     if value is None:
         return "not finite"
-    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2g}"
+    if value >= 1000:
+        return f"{value:,.0f}" if value < 1e6 else f"{value:.2g}"
+    return f"{value:.{2 if value < 100 else 1}f}"
 
 
 def _interval(standing: Standing | None) -> str:
@@ -220,7 +234,6 @@ def _cells(entry: Entry, study: Tradeoffs) -> dict[str, Any]:
                 "gap_interval": interval,
                 "kl": quantities.number(finite(known.get("kl")), 3),
                 "agreement": f"{known['agreement']:.1%}".replace("%", " %") if "agreement" in known else NOTHING,
-                "collapsed": each is not None and each.collapsed,
             }
         )
     outside = not failed and not within(row)
@@ -270,7 +283,8 @@ def terminal_table(study: Tradeoffs) -> Table:
                 continue
             first, *second = cells["corpora"]
             state = "collapsed" if entry.collapsed else cells["outside"] or first["interval"]
-            shown += [first["perplexity"], state, *(each["perplexity"] for each in second), cells["kept"], cells["read"]]
+            shown += [first["perplexity"], state, *(each["perplexity"] for each in second)]
+            shown += [cells["kept"], cells["read"]]
             shown += [cells["speeds"][0][0]] if study.timed else []
             table.add_row(*map(escape, shown), style="dim" if entry.collapsed else None)
         table.add_section()
@@ -314,7 +328,8 @@ def _facts(study: Tradeoffs) -> list[tuple[str, str]]:
     for number, corpus in enumerate(found.get("corpora") or []):
         counts = f"{quantities.plural(corpus['rows'], 'row')} of {quantities.plural(corpus['documents'], 'text')}"
         notes = "".join(f"; {note}" for note in corpus["notes"])
-        facts["Second test" if number else "Test"] = f"{short(corpus['data'])}, {corpus['split']}: {counts}{notes}"
+        name = short(corpus["data"]) + (", test split" if corpus["split"] == "test" else "")
+        facts["Second test" if number else "Test"] = f"{name}: {counts}{notes}"
     started = re.sub(r"(T|\d\d:\d\d)(\d\d:\d\d).*", r" \2", str(study.head.get("started") or NOTHING))
     return list({**facts, "Measured": points, "Started": started}.items())
 
@@ -334,23 +349,22 @@ def _dense(study: Tradeoffs) -> dict[str, Any] | None:
 
 def _middle(study: Tradeoffs, stage: str, batch: str) -> float | None:
     """Tokens a second of the dense model, which took turns with every point: the median."""
-    entries = [entry for entries in study.tables.values() for entry in entries if entry.speed]
-    found = [((entry.speed.get("dense_speed") or {}).get(stage) or {}).get(batch) for entry in entries]
-    known = sorted(value for each in found if (value := finite(each)) is not None)
+    found = [entry.tokens(stage, batch, "dense_speed") for entries in study.tables.values() for entry in entries]
+    known = sorted(value for value in found if value is not None)
     return known[len(known) // 2] if known else None
 
 
 def _figures(study: Tradeoffs) -> dict[str, Any]:
     """The numbers behind the figures; null is what was not measured."""
-    by_method = {name: [] for name in study.head["methods"]}  # type: dict[str, list[Entry]]
+    by_method: dict[str, list[Entry]] = {name: [] for name in study.head["methods"]}
     for entries in study.tables.values():
         for entry in entries:
             if entry.row["status"] == "ok":
                 by_method[entry.name].append(entry)
-    dense = None
+    dense: Row | None = None
     if study.dense is not None:
-        dense = _costs(study.dense) | {"y": [finite(each["perplexity"]) for each in study.dense["corpora"]]}
-        dense |= {f"{stage}{batch}": _middle(study, stage, batch) for stage in STAGES for batch in BATCHES}
+        dense = {**_costs(study.dense), "y": [finite(each["perplexity"]) for each in study.dense["corpora"]]}
+        dense |= {f"{stage}{batch}": 1.0 if study.timed else None for stage in STAGES for batch in BATCHES}
     return {
         "keeps": list(study.tables),
         "corpora": [short(name) for name in study.corpora],
@@ -381,12 +395,17 @@ def _drawn(entry: Entry, study: Tradeoffs) -> dict[str, Any]:
     return {
         "keep": entry.row["keep"],
         **_costs(entry.row),
-        **{f"{stage}{batch}": entry.tokens(stage, batch) for stage in STAGES for batch in BATCHES},
+        **{f"{stage}{batch}": entry.faster(stage, batch) for stage in STAGES for batch in BATCHES},
         "y": [entry.perplexity(corpus) for corpus in range(len(study.corpora))],
-        "collapsed": entry.collapsed,
+        "collapsed": entry.wrecks,
         "text": {
             "y": [each["perplexity"] for each in cells["corpora"]],
             "state": "collapsed" if entry.collapsed else f"rank {cells['rank']}" if cells["rank"] else "",
+            "speeds": {
+                f"{stage}{batch}": quantities.short_count(entry.tokens(stage, batch))
+                for stage in STAGES
+                for batch in BATCHES
+            },
             "costs": f"stored {cells['kept']}, {cells['bytes']}; read {cells['read']}",
         },
         "layers": rank_strip(layers),

@@ -65,8 +65,8 @@ def placed(run: compress.Request, layers: Sequence[Layer]) -> compress.Request:
     if "fixed_point" not in registry.card(run.method).reasons:
         return run
     maker = factoriser(run.method, run.config)
-    smallest = {layer.name: min([layer.bits, *(maker.bits(layer, s) for s in maker.sizes(layer)[:1])]) for layer in layers}
-    share = math.ceil(1e4 * sum(smallest.values()) / sum(layer.bits for layer in layers)) / 1e4
+    least = sum(min([layer.bits, *(maker.bits(layer, size) for size in maker.sizes(layer)[:1])]) for layer in layers)
+    share = math.ceil(1e4 * least / sum(layer.bits for layer in layers)) / 1e4
     if run.config.keep >= share:
         return run
     return dataclasses.replace(run, config=dataclasses.replace(run.config, keep=min(share, 1.0)))
@@ -92,11 +92,11 @@ def facts(study: Study, tell: Callable[[str], None]) -> Row:
     tokenizer = models.load_tokenizer(study.model)
     notes: list[str] = []
     corpora = test_corpora(study, tokenizer)
-    reading = next((run for run in runs if registry.card(run.method).needs or run.config.allocate == "block_influence"), None)
-    calibration = {}
-    if reading is not None:
-        shape = _outline(reading, model, layers)
-        calibration = compress.calibration(reading, model, shape, notes.append)
+    calibration: dict[str, compress.Calibration] = {}
+    for run in runs:
+        shape = _outline(run, model, layers)
+        if shape.reads_data and not calibration:
+            calibration = compress.calibration(run, model, shape, notes.append)
     for method in study.methods:
         notes += _remarks(method, study, layers)
     return {
@@ -188,7 +188,9 @@ class Bench:
     def dense(self) -> models.Base:
         return costs.loaded(self.study.model, TASK, self.study.bf16, self.tokenizer)
 
-    def calibration(self, run: compress.Request, shape: compress.Outline, model: Any) -> dict[str, compress.Calibration]:
+    def calibration(
+        self, run: compress.Request, shape: compress.Outline, model: Any
+    ) -> dict[str, compress.Calibration]:
         """Read once for the methods that want labels, and once for the others."""
         if not shape.reads_data:
             return {}

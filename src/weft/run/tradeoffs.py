@@ -1,8 +1,8 @@
 """`weft compare --pillar compress`: every method at every share of the bits, one row a point.
 
-First the dense model, then the points, spread over workers; the points of one method follow one another, since they share
-what the method found out about each layer. Then the speeds, one at a time on an otherwise idle machine. What is left to
-do is read off the finished rows, as in the comparison of adapters. No torch in here.
+First the dense model, then the points, spread over workers; the points of one method follow one another, since they
+share what the method found out about each layer. Then the speeds, one at a time on an otherwise idle machine. What is
+left to do is read off the finished rows, as in the comparison of adapters. No torch in here.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def key_of(row: Row) -> tuple[str, str, float | None]:
 def empty_row(point: Point) -> Row:
     """A point's row before it was measured: failed unless told otherwise.
 
-    Of a quality row: `kept` and `bits` are stored bits of the targeted matrices after compression, as a share and in all;
-    `reads` those read for a token; `file_bytes` the weight files, whole; `corpora` has a metrics entry a test corpus.
+    Of a quality row: `kept` and `bits` are stored bits of the targeted matrices after compression, as a share and in
+    all; `reads` those read for a token; `file_bytes` the weight files, whole; `corpora` has an entry a test corpus.
     """
     return {
         **{"kind": "run", "phase": point.phase, "method": point.method, "keep": point.keep},
@@ -347,11 +347,15 @@ def finite_loss(row: Row, corpus: int) -> bool:
 
 
 def within(row: Row) -> bool:
-    """Whether a point keeps to its share: of what is stored, or for a method that stores everything, of what is read."""
+    """Whether a point keeps to its share: of what is stored, or for a method that stores everything, of what is read.
+
+    What is read may be a twentieth more: a target, which the floors of one column and one rank miss in small layers.
+    """
     if row["status"] != "ok":
         return False
-    share = row["reads"] / row["dense_bits"] if saves_reading(row["method"]) else row["kept"]
-    return bool(share <= row["keep"] + 1e-9)
+    if saves_reading(row["method"]):
+        return bool(row["reads"] <= 1.05 * row["keep"] * row["dense_bits"])
+    return bool(row["kept"] <= row["keep"] + 1e-9)
 
 
 def saves_reading(method: str) -> bool:
