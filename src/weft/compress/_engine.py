@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from weft import registry
 from weft.algebra.random import checksum
-from weft.compress._allocate import READS, Menu, Sizes
-from weft.compress._calibration import Corpus, calibrate, corpora, fingerprint, influences
+from weft.compress._allocate import READS, TRIED, Menu, Sizes, tried
+from weft.compress._calibration import Corpus, calibrate, corpora, fingerprint, influences, mean_loss
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, factoriser
-from weft.compress._layers import Layer, blocks, targets
+from weft.compress._layers import Layer, Unit, blocks, type_of
 from weft.compress._store import Store
 from weft.errors import UsageError
 from weft.linear._transformers import attach_format
@@ -112,15 +112,16 @@ def compress(
     if isinstance(model, PreTrainedModel):
         attach_format(model)  # which refuses a quantised model, before any work
     data = corpora(data)
-    needs = {layer.name: maker.needs(layer) for layer in layers}
-    if not data and (any(needs.values()) or config.allocate == "block_influence"):
+    needs = _needs(maker, layers)
+    if not data and (any(needs.values()) or config.runs_the_model):
         raise UsageError(f"{method} needs calibration data: give data, batches of what the model is called with")
-    broken = [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]
+    parts = [part for layer in layers for part in layer.parts]
+    broken = [part.name for part in parts if not bool(torch.isfinite(part.weight).all())]
     if broken:
         raise UsageError(f"{broken[0]} has weights that are not finite; leave it out with exclude, or mend the model")
-    if config.sequential and READS.get(config.allocate) == "errors" and any(needs.values()):
+    if config.sequential and READS.get(config.allocate) in ("errors", "losses") and any(needs.values()):
         raise UsageError(
-            f"allocate={config.allocate!r} compares the errors of all layers, which sequential calibration finds one "
+            f"allocate={config.allocate!r} compares what all layers lose, which sequential calibration finds one "
             "after the other: use uniform, threshold or block_influence, or sequential=False"
         )
     store = Store(work, _request(method, config, maker.nested, layers, data) if work else {})
@@ -128,7 +129,7 @@ def compress(
     if maker.prepares:
         say("preparing", 0, len(layers), None)
         maker.prepared = store.once("prepared", lambda: maker.prepare(model, data, layers))
-        needs = {layer.name: maker.needs(layer) for layer in layers}
+        needs = _needs(maker, layers)
     job = _Job(model, maker, layers, needs, data, store, say)
     report = Compression(method, options)
     if config.keep == 1 and config.guard:
@@ -152,9 +153,9 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
     """
     _, maker, layers = _settled(model, method, options)
     reads = READS.get(maker.config.allocate)
-    if maker.prepares or reads in ("errors", "influence"):
+    if maker.prepares or reads == "errors" or maker.config.runs_the_model:
         return None
-    if reads == "values" and any(layer.weight.is_meta for layer in layers):
+    if reads == "values" and any(part.weight.is_meta for layer in layers for part in layer.parts):
         return None
     job = _Job(model, maker, layers, {}, [], Store(None, {}), _silent)
     sizes = job.choose()
@@ -162,10 +163,15 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
     return [job.row(layer, sizes[layer.name], kind if sizes[layer.name] is not None else None) for layer in layers]
 
 
-def _settled(model: nn.Module, method: str, options: dict[str, Any]) -> tuple[str, Factoriser[Any], list[Layer]]:
+def _settled(model: nn.Module, method: str, options: dict[str, Any]) -> tuple[str, Factoriser[Any], Sequence[Unit]]:
     card = registry.card(method, "compress")
     config: Any = registry.config_class(card.slug).from_options(options)  # type: ignore[attr-defined]
-    return card.slug, factoriser(card.slug, config), targets(model, config.include, config.exclude)
+    maker = factoriser(card.slug, config)
+    return card.slug, maker, maker.units(model)
+
+
+def _needs(maker: Factoriser[Any], layers: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
+    return {part.name: maker.needs(part) for layer in layers for part in layer.parts}
 
 
 def _silent(stage: str, done: int, of: int, row: Row | None) -> None:
@@ -173,7 +179,7 @@ def _silent(stage: str, done: int, of: int, row: Row | None) -> None:
 
 
 def _request(
-    method: str, config: CompressConfig, nested: bool, layers: Sequence[Layer], data: Sequence[Corpus]
+    method: str, config: CompressConfig, nested: bool, layers: Sequence[Unit], data: Sequence[Corpus]
 ) -> dict[str, Any]:
     """What finished layers depend on, so that another request does not go on with them."""
     options = asdict(config)
@@ -182,7 +188,7 @@ def _request(
     return {
         "method": method,
         "options": options,
-        "layers": {layer.name: checksum(layer.weight) for layer in layers},
+        "layers": {part.name: checksum(part.weight) for layer in layers for part in layer.parts},
         "data": [[corpus.weight, *map(fingerprint, corpus.batches)] for corpus in data],
     }
 
@@ -193,7 +199,7 @@ class _Job:
 
     model: nn.Module
     maker: Factoriser[Any]
-    layers: Sequence[Layer]
+    layers: Sequence[Unit]
     needs: Mapping[str, Sequence[str]]
     data: Sequence[Corpus]
     store: Store
@@ -221,7 +227,7 @@ class _Job:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    def decompose(self, layers: Sequence[Layer], sizes: Sizes | None) -> None:
+    def decompose(self, layers: Sequence[Unit], sizes: Sizes | None) -> None:
         """Take apart what is not in the store yet, a block's statistics in memory at a time."""
         wanted = [
             layer
@@ -232,10 +238,13 @@ class _Job:
         done = len(wanted) - len(left)
         for group in _groups(left):
             self.say("calibrating", done, len(wanted), None)
-            statistics = calibrate(self.model, self.data, group, self.needs)
+            parts = [part for layer in group for part in layer.parts]
+            statistics = calibrate(self.model, self.data, parts, self.needs)
             for layer in group:
                 size = None if self.maker.nested or sizes is None else sizes[layer.name]
-                self.store.put(layer.name, self.maker.decompose(layer, statistics.pop(layer.name), size))
+                seen = {part.name: statistics.pop(part.name) for part in layer.parts}
+                mine = seen[layer.name] if isinstance(layer, Layer) else seen
+                self.store.put(layer.name, self.maker.decompose(layer, mine, size))
                 done += 1
                 self.say("factorising", done, len(wanted), None)
 
@@ -253,43 +262,74 @@ class _Job:
                 sizes=self.maker.sizes(layer),
                 dense=layer.bits,
                 errors=self.errors(layer) if self.reads("errors") and self.maker.nested else None,
-                values=torch.linalg.svdvals(layer.wide) if self.reads("values") else None,
+                values=self.maker.values(layer) if self.reads("values") else None,
                 influence=influence.get(layer.block),
+                type=type_of(layer.name),
             )
+        if self.reads("losses") and self.maker.nested:
+            found = self.store.once("sweep", lambda: self.sweep(menus))
+            menus = {name: replace(menu, losses=found[menu.type]) for name, menu in menus.items()}
         places = self.maker.allocate(menus)
         return {
             layer.name: None if places[layer.name] is None else self.maker.sizes(layer)[places[layer.name]]  # type: ignore[index]
             for layer in self.layers
         }
 
-    def errors(self, layer: Layer) -> Tensor | None:
+    def sweep(self, menus: Mapping[str, Menu]) -> dict[str, Tensor]:
+        """For each type of layer, how much the loss on the data rises where all of it, and nothing else, is cut."""
+        before = mean_loss(self.model, self.data)
+        types: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            if not isinstance(layer, Layer):
+                raise UsageError(f"allocate='sweep' tries one type of layer at a time, and {layer.name} is several")
+            types.setdefault(menus[layer.name].type, []).append(layer)
+        rises = {name: torch.zeros(len(TRIED), dtype=torch.float64) for name in types}
+        for number, (name, layers) in enumerate(types.items()):
+            self.say("trying types of layers", number, len(types), None)
+            for i, share in enumerate(TRIED):
+                for layer in layers:
+                    size = tried(menus[layer.name], share)
+                    if size is None:
+                        self.model.set_submodule(layer.name, layer.module)
+                    else:
+                        self.put(layer, self.maker.sizes(layer)[size])
+                rises[name][i] = mean_loss(self.model, self.data) - before
+            for layer in layers:
+                self.model.set_submodule(layer.name, layer.module)
+        return rises
+
+    def put(self, layer: Unit, size: int) -> tuple[str, dict[str, Tensor]]:
+        """Put a layer's form of this size in its place; the kind, and the tensors that it was made from."""
+        device = layer.parts[0].weight.device
+        tensors = {name: t.to(device) for name, t in self.store.get(layer.name).items()}
+        return self.maker.replace(self.model, layer, tensors, size), tensors
+
+    def errors(self, layer: Unit) -> Tensor | None:
         """What each size of a layer leaves, where the method knows; nothing for a layer that has no size."""
         return self.store.get(layer.name).get("errors") if layer.name in self.store else torch.zeros(0)
 
-    def replaced(self, layer: Layer, size: int | None) -> Row:
+    def replaced(self, layer: Unit, size: int | None) -> Row:
         """The layer's row, after its replacement by the given size."""
         if size is None:
             row = self.row(layer, None)
         else:
-            tensors = {name: t.to(layer.weight.device) for name, t in self.store.get(layer.name).items()}
-            made = self.maker.build(layer, tensors, size)
+            kind, tensors = self.put(layer, size)
             errors = tensors.get("errors")
             place = list(self.maker.sizes(layer)).index(size) if self.maker.nested else ...
             error = None if errors is None else float(errors[place])
-            row = self.row(layer, size, made.kind, error)
-            self.model.set_submodule(layer.name, made.train(layer.module.training))
+            row = self.row(layer, size, kind, error)
         self.say("replacing", 0, 0, row)
         return row
 
-    def row(self, layer: Layer, size: int | None, kind: str | None = None, error: float | None = None) -> Row:
+    def row(self, layer: Unit, size: int | None, kind: str | None = None, error: float | None = None) -> Row:
         """What the report says of a layer."""
-        shape = (layer.out, layer.in_)
+        shape = layer.shape
         if kind is None or size is None:
             return Row(layer.name, shape, "dense", None, layer.bits, layer.bits, 0.0, layer.bits)
         bits, reads = self.maker.bits(layer, size), self.maker.reads(layer, size)
         return Row(layer.name, shape, kind, size, bits, layer.bits, error, reads)
 
 
-def _groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+def _groups(layers: Sequence[Unit]) -> list[list[Unit]]:
     """Layers of one block together, in order."""
     return [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]

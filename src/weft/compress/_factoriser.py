@@ -1,4 +1,8 @@
-"""What a method says of one layer: how it is taken apart once, and put together at any size."""
+"""What a method says of one layer: how it is taken apart once, and put together at any size.
+
+Most methods take a model apart layer by layer. One that works on several layers at once says so in `units`; wherever
+the others are given a layer, it is given one of those.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from weft.algebra.svd import svd_operations, weighted_svd
 from weft.compress._allocate import Menus, Sizes, allocate
 from weft.compress._calibration import Corpus, Statistics
 from weft.compress._config import CompressConfig, LowRankConfig
-from weft.compress._layers import Layer
+from weft.compress._layers import Layer, Unit, targets
+from weft.errors import UsageError
 from weft.linear._structured import Structured
 from weft.linear.low_rank import LowRank
 
@@ -39,35 +44,45 @@ class Factoriser(ABC, Generic[C]):
         """Whether `prepare` has work to do."""
         return False
 
-    def prepare(self, model: nn.Module, data: Sequence[Corpus], layers: Sequence[Layer]) -> Tensors:
+    def prepare(self, model: nn.Module, data: Sequence[Corpus], layers: Sequence[Any]) -> Tensors:
         """What takes the whole model to find: once, before everything else, and kept on disk beside finished layers."""
         raise NotImplementedError(f"{type(self).__name__} prepares and must define prepare()")
 
+    def units(self, model: nn.Module) -> Sequence[Unit]:
+        """What is taken apart, each at a size of its own. Raises UsageError where the model has nothing of it."""
+        return targets(model, self.config.include, self.config.exclude)
+
     def needs(self, layer: Layer) -> tuple[str, ...]:
-        """The statistics to collect: the words of `_calibration.NEEDS`."""
+        """The statistics to collect of a layer, the part of a unit: the words of `_calibration.NEEDS`."""
         return ()
 
     def allocate(self, menus: Menus) -> Sizes:
         """A size for each layer; a method with a rule of its own says it here."""
         return allocate(self.config.allocate, menus, self.config.keep, guard=self.config.guard)
 
+    def values(self, layer: Any) -> Tensor:
+        """The singular values of the untouched weight, descending, for an allocation that reads them."""
+        if not isinstance(layer, Layer):
+            raise UsageError(f"allocate={self.config.allocate!r} reads singular values, and {layer.name} is no matrix")
+        return torch.linalg.svdvals(layer.wide)
+
     @abstractmethod
-    def sizes(self, layer: Layer) -> Sequence[int]:
+    def sizes(self, layer: Any) -> Sequence[int]:
         """The sizes that a layer can have, ascending."""
 
     @abstractmethod
-    def bits(self, layer: Layer, size: int) -> int:
+    def bits(self, layer: Any, size: int) -> int:
         """What the layer's matrix takes at one size, and whatever else the method stores for it."""
 
-    def reads(self, layer: Layer, size: int) -> int:
+    def reads(self, layer: Any, size: int) -> int:
         """How many bits of them are read for one token."""
         return self.bits(layer, size)
 
-    def adds_bias(self, layer: Layer) -> bool:
+    def adds_bias(self, layer: Any) -> bool:
         """Whether the replacement has a bias that the layer lacks: a stock model then has no place for it."""
         return False
 
-    def operations(self, layer: Layer) -> tuple[float, float] | None:
+    def operations(self, layer: Any) -> tuple[float, float] | None:
         """What `decompose` takes: operations in matrix products, and in eigenvectors; None where nobody has counted.
 
         Eigenvectors of d × d count 9·d³. They run at a fraction of the speed of products.
@@ -75,15 +90,22 @@ class Factoriser(ABC, Generic[C]):
         return None
 
     @abstractmethod
-    def decompose(self, layer: Layer, statistics: Statistics, size: int | None) -> Tensors:
+    def decompose(self, layer: Any, statistics: Any, size: int | None) -> Tensors:
         """The tensors of one layer; `size` is None for a nested method, which keeps what any size is cut from.
 
+        `statistics` are the layer's; of a group, its parts' by name.
         `errors` is the share of the objective that is left: one number a size where nested, one number else.
         """
 
     @abstractmethod
-    def build(self, layer: Layer, tensors: Tensors, size: int) -> Structured:
+    def build(self, layer: Any, tensors: Tensors, size: int) -> Structured:
         """The layer's replacement, in the layer's dtype."""
+
+    def replace(self, model: nn.Module, layer: Any, tensors: Tensors, size: int) -> str:
+        """Put the replacement in the layer's place; the kind that it is. For groups a method says how."""
+        made = self.build(layer, tensors, size)
+        model.set_submodule(layer.name, made.train(layer.module.training))
+        return made.kind
 
 
 L = TypeVar("L", bound=LowRankConfig)

@@ -26,6 +26,11 @@ class Layer:
     block: str  # the name of the block that holds it, "" where the model has none
 
     @property
+    def parts(self) -> tuple[Layer, ...]:
+        """The layers of this unit: itself."""
+        return (self,)
+
+    @property
     def weight(self) -> Tensor:
         """W, out × in, in the model's dtype."""
         w = self.module.weight.detach()  # type: ignore[union-attr,operator]
@@ -50,9 +55,43 @@ class Layer:
         return self.weight.shape[1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """out, in."""
+        return self.out, self.in_
+
+    @property
     def bits(self) -> int:
         """What W takes as it is stored."""
         return self.weight.numel() * self.weight.element_size() * 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that a method takes apart together, at one size: the matrices of an MLP, the queries and the keys.
+
+    Attributes:
+        name: its own, unlike that of any layer.
+        block: of all parts, or of the first.
+        shape: of the matrix that the size is measured on.
+    """
+
+    name: str
+    parts: tuple[Layer, ...]
+    block: str
+    shape: tuple[int, int]
+
+    @property
+    def bits(self) -> int:
+        """What all of them take as they are stored."""
+        return sum(part.bits for part in self.parts)
+
+
+Unit = Layer | Group  # what a method takes apart at one size
+
+
+def type_of(name: str) -> str:
+    """What layers in the same place of every block have in common: the name without numbers."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -37,15 +37,17 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
     Counted are the weights' products, attention's at the sequences' mean length, and each layer's own statistics:
     layers that share an input share those, so there may be fewer.
     """
+    from weft.compress._allocate import TRIED
     from weft.compress._calibration import FORWARD
+    from weft.compress._layers import type_of
 
     tokens = sum(each.tokens for each in found.values())
     length = tokens / max(sum(each.sequences for each in found.values()), 1)
     at, before, whole = _reach(model, length)
     passes = products = 0.0
-    named = {layer.name for layer in shape.layers if len(shape.maker.sizes(layer))}
-    for block in dict.fromkeys(layer.block for layer in shape.layers):
-        group = [layer for layer in shape.layers if layer.block == block and layer.name in named]
+    served = [layer for layer in shape.layers if len(shape.maker.sizes(layer))]
+    for block in dict.fromkeys(layer.block for layer in served):
+        group = [part for layer in served if layer.block == block for part in layer.parts]
         needs = {layer.name: shape.maker.needs(layer) for layer in group}
         if any(FORWARD & set(each) for each in needs.values()):
             passes += tokens * max(at[layer.name] for layer in group)
@@ -58,7 +60,9 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
             passes += tokens * sum(2.0 * layer.out * layer.in_ for layer in graded)
     if shape.maker.config.allocate == "block_influence":
         passes += tokens * whole
-    counts = [shape.maker.operations(layer) for layer in shape.layers if layer.name in named]
+    if shape.maker.config.allocate == "sweep":
+        passes += tokens * whole * (1 + len(TRIED) * len({type_of(layer.name) for layer in served}))
+    counts = [shape.maker.operations(layer) for layer in served]
     known = [count for count in counts if count is not None]
     products += sum(count[0] for count in known)
     return Operations(passes, products, sum(count[1] for count in known) if len(known) == len(counts) else None)

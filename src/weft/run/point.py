@@ -25,7 +25,6 @@ from weft.run.tradeoffs import DENSE, PILLAR, Point, Study, empty_row, saves_rea
 
 if TYPE_CHECKING:
     from weft.compress._engine import Compression
-    from weft.compress._layers import Layer
 
 TASK = "causal-lm"
 _THRIFT = "a smaller --batch-size or --max-length needs less"
@@ -58,13 +57,14 @@ def request(study: Study, method: str, keep: float) -> compress.Request:
     return compress.request({name: value for name, value in given.items() if value is not None})
 
 
-def placed(run: compress.Request, layers: Sequence[Layer]) -> compress.Request:
+def placed(run: compress.Request, model: Any) -> compress.Request:
     """The request itself, or at its smallest form where that of a method with fixed points is larger than its share."""
     from weft.compress._factoriser import factoriser
 
     if "fixed_point" not in registry.card(run.method).reasons:
         return run
     maker = factoriser(run.method, run.config)
+    layers = maker.units(model)
     least = sum(min([layer.bits, *(maker.bits(layer, size) for size in maker.sizes(layer)[:1])]) for layer in layers)
     share = math.ceil(1e4 * least / sum(layer.bits for layer in layers)) / 1e4
     if run.config.keep >= share:
@@ -94,11 +94,11 @@ def facts(study: Study, tell: Callable[[str], None]) -> Row:
     corpora = test_corpora(study, tokenizer)
     calibration: dict[str, compress.Calibration] = {}
     for run in runs:
-        shape = _outline(run, model, layers)
+        shape = _outline(run, model)
         if shape.reads_data and not calibration:
             calibration = compress.calibration(run, model, shape, notes.append)
     for method in study.methods:
-        notes += _remarks(method, study, layers)
+        notes += _remarks(method, study, model)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "matrices": len(layers),
@@ -111,23 +111,24 @@ def facts(study: Study, tell: Callable[[str], None]) -> Row:
     }
 
 
-def _outline(run: compress.Request, model: Any, layers: Sequence[Layer]) -> compress.Outline:
+def _outline(run: compress.Request, model: Any) -> compress.Outline:
     """As much of `compress.outline` as calibration needs; sizes are chosen with weights, and may be refused there."""
     from weft.compress._factoriser import factoriser
 
     maker = factoriser(run.method, run.config)
-    needs = frozenset(need for layer in layers for need in maker.needs(layer))
-    return compress.Outline(list(layers), None, needs, {}, maker)
+    layers = maker.units(model)
+    needs = frozenset(need for layer in layers for part in layer.parts for need in maker.needs(part))
+    return compress.Outline(layers, None, needs, {}, maker)
 
 
-def _remarks(method: str, study: Study, layers: Sequence[Layer]) -> list[str]:
+def _remarks(method: str, study: Study, model: Any) -> list[str]:
     """What a reader must know of the shares of a method that has no free choice of them."""
     if saves_reading(method):
         return [
             f"{method} stores more than before and reads less of it for a token: its share is of what is read, and its "
             "losses are with every token read so, as in generation."
         ]
-    missed = [(keep, placed(run, layers).config.keep) for keep in study.keeps if (run := request(study, method, keep))]
+    missed = [(keep, placed(run, model).config.keep) for keep in study.keeps if (run := request(study, method, keep))]
     missed = [(keep, share) for keep, share in missed if share > keep]
     if not missed:
         return []
@@ -194,10 +195,9 @@ class Bench:
         """Read once for the methods that want labels, and once for the others."""
         if not shape.reads_data:
             return {}
-        graded = "fisher" in shape.needs
-        if graded not in self.calibrations:
-            self.calibrations[graded] = compress.calibration(run, model, shape, lambda text: None)
-        return self.calibrations[graded]
+        if shape.reads_loss not in self.calibrations:
+            self.calibrations[shape.reads_loss] = compress.calibration(run, model, shape, lambda text: None)
+        return self.calibrations[shape.reads_loss]
 
     def compressed(self, point: Point, known: Sequence[Row] = ()) -> tuple[compress.Request, Any, Compression | float]:
         """The request of a point, the model, and what was done to it; in place of that the share of an equal point.
@@ -206,14 +206,12 @@ class Bench:
         """
         from weft.compress._engine import compress as work_on
         from weft.compress._engine import plan
-        from weft.compress._layers import targets
 
         assert point.keep is not None
         run = request(self.study, point.method, point.keep)
         model = models.load_as_saved(self.study.model, bf16=self.study.bf16).to(models.device())
-        layers = targets(model, run.config.include, run.config.exclude)
-        run = placed(run, layers)
-        shape = _outline(run, model, layers)
+        run = placed(run, model)
+        shape = _outline(run, model)
         if known and not saves_reading(run.method):
             rows = plan(model, run.method, **run.settings) or []
             same = [each["keep"] for each in known if each["sizes"] == [row.size for row in rows]]
