@@ -9,7 +9,7 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import typer.models
@@ -245,11 +245,16 @@ def verbs() -> list[str]:
     return main.verbs()
 
 
-def verb_function(verb: str) -> Callable[..., Any]:
-    """The function that typer reads for a verb."""
+def verb_function(verb: str, words: Sequence[str] = ()) -> Callable[..., Any]:
+    """The function that typer reads for a verb, where these words follow it."""
     from weft.cli import main
 
-    return main._function(verb, [])
+    return main._function(verb, list(words))
+
+
+def variants(verb: str) -> list[list[str]]:
+    """Words with which a verb has other options; none are the first."""
+    return [[], *getattr(importlib.import_module(f"weft.cli.{verb}"), "VARIANTS", ())]
 
 
 def cli_page() -> str:
@@ -260,9 +265,10 @@ def cli_page() -> str:
         "sentence on standard error; the exit code is 2 where the request itself was wrong, 1 where something failed.",
     ]
     for verb in verbs():
-        function = verb_function(verb)
-        parts += [f"## weft {verb}", _help(function)]
-        parts += _options(function)
+        for words in variants(verb):
+            function = verb_function(verb, words)
+            parts += [" ".join(["###" if words else "##", "weft", verb, *words]), _help(function)]
+            parts += _options(function)
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,8 +31,10 @@ def test_every_public_name_is_in_the_reference(pages):
 def test_every_verb_and_option_is_in_the_reference(pages):
     for verb in docstrings.verbs():
         section = pages["reference/cli.md"].partition(f"## weft {verb}\n")[2].partition("\n## ")[0]
-        for _, flags, *_ in docstrings.options(docstrings.verb_function(verb)):
-            assert all(f"`{flag}`" in section for part in flags.split() for flag in part.split("/")), (verb, flags)
+        for words in docstrings.variants(verb):
+            assert not words or f"\n### weft {verb} {' '.join(words)}\n" in section
+            for _, flags, *_ in docstrings.options(docstrings.verb_function(verb, words)):
+                assert all(f"`{flag}`" in section for part in flags.split() for flag in part.split("/")), (verb, flags)
 
 
 @pytest.mark.parametrize("slug", sorted(weft.cards()))

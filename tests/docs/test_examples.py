@@ -112,7 +112,11 @@ def _parse(words: list[str]) -> None:
 
         own = {key: value for key, value in given.items() if key not in ("config", "plan", "resume")}
         compress.request({key: value for key, value in own.items() if value is not None})
-    if name == "compare":
+    if name == "compare" and given["pillar"] == "compress":
+        from weft.run.tradeoffs import Study
+
+        Study(given["model"], given["data"], tuple(given["methods"].split(",")), (0.5,), data2=given["data2"])
+    elif name == "compare":
         from weft.run.budget import parse_budget
         from weft.run.methods import resolve
 

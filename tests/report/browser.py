@@ -111,3 +111,24 @@ def show(report: Path, *, width: int = 1280, height: int = 900, script: str = ""
             [PROGRAM, *options, "--dump-dom", around.as_uri()], capture_output=True, text=True, timeout=120, check=True
         )
     return Page(elements(done.stdout), re.findall(r"CONSOLE.*", done.stderr))
+
+
+# what the page must never do, at any width: figures wider than their box, or text under the edge of the window
+MEASURE = """
+const wide = [...document.querySelectorAll("body *")].filter((node) => {
+  const box = node.getBoundingClientRect();
+  return box.width && box.right > innerWidth + 1 && !node.closest(".scroll, pre, #legend, svg");
+}).map((node) => node.className || node.tagName);
+const drawn = [...document.querySelectorAll("[data-figure] svg")];
+const clipped = drawn.filter((svg) => svg.clientWidth > svg.parentNode.clientWidth + 1);
+document.documentElement.dataset.wide = wide.join(" ");
+document.documentElement.dataset.clipped = clipped.length;
+document.documentElement.dataset.hacked = window.wasHacked ? "yes" : "no";
+"""
+
+
+def assert_sound(page: Page) -> None:
+    """Nothing complained, and what `MEASURE` looked for was not there."""
+    assert page.console == []
+    assert "data-errors" not in page.root, page.root["data-errors"]
+    assert (page.root["data-overflow"], page.root["data-wide"], page.root["data-clipped"]) == ("0", "", "0")

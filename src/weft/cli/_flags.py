@@ -59,16 +59,25 @@ def function(body: Callable[..., None], parameters: list[inspect.Parameter], doc
     return command
 
 
+def flags_of(command: Callable[..., Any]) -> set[str]:
+    """The flags of a typer function."""
+    found: set[str] = set()
+    for name, entry in inspect.signature(command, eval_str=True).parameters.items():
+        info = next(each for each in entry.annotation.__metadata__ if hasattr(each, "param_decls"))
+        found.update(info.param_decls or [f"--{name.replace('_', '-')}"])
+    return found
+
+
 def method_of(argv: list[str]) -> str | None:
     """The method that words which are not parsed yet name, in a flag or in their run file."""
     from weft.run.adapt import read_run_file
 
-    path = _value(argv, "--config")
-    method = _value(argv, "--method") or (read_run_file(path).get("method") if path else None)
+    path = value(argv, "--config")
+    method = value(argv, "--method") or (read_run_file(path).get("method") if path else None)
     return method if isinstance(method, str) else None
 
 
-def _value(argv: list[str], flag: str) -> str | None:
+def value(argv: list[str], flag: str) -> str | None:
     """The value of a flag; the last one counts."""
     found = None
     for position, word in enumerate(argv):

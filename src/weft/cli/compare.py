@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.errors import UsageError, WeftError
+from weft.errors import UsageError, WeftError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from weft.run.study import Plan, Row, Study, Task
 
+VARIANTS = (["--pillar", "compress"],)  # words with which the verb has other options
+
 _NEEDED = "What to compare"
 _RUNS = "How the runs are made"
 _WHERE = "Where they run"
+
+
+def build(argv: list[str]) -> Callable[..., None]:
+    """The command for these words: each pillar has its own, and refuses the options of the other by name."""
+    from weft.cli import _compare_compress, _flags
+
+    sides: dict[str, Callable[..., None]] = {"adapters": command, "compress": _compare_compress.command}
+    pillar = _flags.value(argv, "--pillar") or "adapters"
+    if pillar not in sides:
+        raise UsageError(f"--pillar {pillar!r} cannot be compared: {nearest(pillar, sides)}")
+    mine = _flags.flags_of(sides[pillar])
+    for other, function in sides.items():
+        strange = _flags.flags_of(function) - mine
+        for flag in (word.partition("=")[0] for word in argv):
+            if flag in strange:
+                raise UsageError(f"{flag} is an option of --pillar {other}, and this compares {pillar}")
+    return sides[pillar]
 
 
 def command(
@@ -41,6 +61,14 @@ def command(
             rich_help_panel=_NEEDED,
         ),
     ] = "steps=300",
+    pillar: Annotated[
+        str,
+        typer.Option(
+            metavar="adapters|compress",
+            help="What is compared; `--pillar compress --help` shows the other's options.",
+            rich_help_panel=_NEEDED,
+        ),
+    ] = "adapters",
     seeds: Annotated[int, typer.Option(help="Final runs a method, each with a seed of its own.")] = 3,
     task: Annotated[str, typer.Option(help="causal-lm, classification, or auto (read off the data).")] = "auto",
     setting: Annotated[
@@ -129,7 +157,7 @@ def command(
     reading: dict[str, Any] = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
     reading |= {name: value for name, value in (("validation", validation_data), ("test", test_data)) if value}
     if columns:
-        reading["columns"] = dict(_pair(each, "--columns") for each in columns.split(","))
+        reading["columns"] = dict(pair(each, "--columns") for each in columns.split(","))
     study = Study(
         model=model,
         data=data,
@@ -138,7 +166,7 @@ def command(
         budget=parse_budget(budget),
         seeds=seeds,
         seed=seed,
-        options=_options(setting or [], named),
+        options=settings_of(setting or [], named),
         target_modules=target_modules if "," not in target_modules else target_modules.split(","),
         references=_references(references),
         batch_size=batch_size,
@@ -163,18 +191,19 @@ def command(
     run_study(study, output, workers=workers, ray=ray, retry_failed=retry_failed)
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
+def pair(text: str, option: str) -> tuple[str, str]:
+    """NAME=VALUE in two."""
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise UsageError(f"{option} {text!r} is not NAME=VALUE")
     return name.strip(), value.strip()
 
 
-def _options(settings: list[str], methods: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def settings_of(settings: list[str], methods: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """`sora.r=8` → {"sora": {"r": "8"}}; the method's config reads the text as its field's type."""
     options: dict[str, dict[str, Any]] = {}
     for each in settings:
-        name, value = _pair(each, "--set")
+        name, value = pair(each, "--set")
         method, dot, field = name.rpartition(".")
         if not dot or not method:
             raise UsageError(f"--set {each!r} names no method; write for example --set {methods[0]}.{name}={value}")
@@ -183,7 +212,6 @@ def _options(settings: list[str], methods: tuple[str, ...]) -> dict[str, dict[st
 
 
 def _references(text: str) -> tuple[str, ...]:
-    from weft.errors import nearest
     from weft.run.ranking import REFERENCES
 
     names = [] if text == "none" else [name.strip() for name in text.split(",") if name.strip()]

@@ -6,22 +6,14 @@ reader; `page.js` draws the figures from the same numbers, which travel as JSON.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import re
-import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from weft.report import quantities
-from weft.report.library import library
+from weft.report import quantities, tradeoffs
 from weft.report.quantities import NOTHING, finite
-from weft.report.study import Line, Study, read
-from weft.run.ranking import DRAWS, LEVEL
+from weft.report.study import Line, Study, parse, read
+from weft.report.template import page, plain, rank_strip, short, write
 
 CURVE_POINTS = 120  # a curve is drawn on at most a few hundred pixels
 
@@ -37,101 +29,49 @@ def html(results: Path, out: Path) -> None:
         UsageError: there are no results to report.
         WeftError: the library that draws the figures is not installed.
     """
-    text = render(read(Path(results)))
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, out)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    path = Path(results)
+    head, rows, notes = parse(path)
+    compression = head.get("pillar") == "compress"
+    write(Path(out), tradeoffs.render(tradeoffs.digest(head, rows, notes)) if compression else render(read(path)))
 
 
 def render(study: Study) -> str:
     """The page's text."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     rows = [_row(line, study) for line in study.lines]
     reference_rows = [_row(line, study) for line in study.references]
-    recipes = sorted({row["recipe"] for row in [*rows, *reference_rows]} - {NOTHING})
-    return environment.from_string(_asset("page.html.j2")).render(
+    return page(
+        "page.html.j2",
+        "page.js",
+        _figures(study),
         study=study,
         head=study.head,
-        q=quantities,
-        title=f"{_short(study.head.get('model'))} on {_short(study.head.get('data'))}",
+        title=f"{short(study.head.get('model'))} on {short(study.head.get('data'))}",
         facts=_facts(study),
         rows=rows,
         reference_rows=reference_rows,
-        recipes=recipes,
+        recipes=sorted({row["recipe"] for row in [*rows, *reference_rows]} - {NOTHING}),
         pairs=_pairs(study),
         answers=_answers(study),
-        data=_json(_figures(study)),
-        dictionary=_dictionary,
         phases=_phases(study),
-        level=f"{LEVEL:.0%}".replace("%", " %"),
-        draws=f"{DRAWS:,}",
-        style=_asset("page.css"),
-        script=_asset("page.js"),
-        library=library(),
     )
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return (files("weft.report") / name).read_text(encoding="utf-8")
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in, and holds no NaN, which JSON does not know."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
-
-
-def _short(spec: Any) -> str:
-    """A model or data set by its last name: a path's folders say nothing in a title."""
-    if isinstance(spec, list):
-        return quantities.listing([_short(each) for each in spec]) or NOTHING
-    text = str(spec or NOTHING).rstrip("/")
-    return text.rsplit("/", 1)[-1] if text.startswith(("/", "./", "../", "~")) else text
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return quantities.number(finite(value))
-    if isinstance(value, int) and abs(value) >= 10_000:
-        return quantities.count(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return NOTHING if value is None else str(value)
-
-
-def _dictionary(value: Any) -> list[tuple[str, str]]:
-    """A dictionary of the study row as term and description; anything else as one nameless line."""
-    items = value.items() if isinstance(value, dict) else [("", value)]
-    return [(str(key).replace("_", " "), _plain(each)) for key, each in items if each not in (None, "", {}, [])]
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:
     head = study.head
     shown = head.get("budget")
     if isinstance(shown, dict):
-        shown = ", ".join(f"{key} = {_plain(value)}" for key, value in shown.items())
+        shown = ", ".join(f"{key} = {plain(value)}" for key, value in shown.items())
     runs = quantities.plural(sum(1 for row in study.runs if row.get("status", "ok") == "ok"), "run")
     if study.failures:
         runs += f", {len(study.failures)} failed"
     if study.finished < study.expected:
         runs += f"; {study.finished} of {study.expected} final runs so far"
     facts = {
-        "Model": _plain(head.get("model")),
-        "Data": _plain(head.get("data")),
-        "Task": _plain(head.get("task")),
-        "Budget": _plain(shown),
-        "Seeds": _plain(head.get("seeds")),
+        "Model": plain(head.get("model")),
+        "Data": plain(head.get("data")),
+        "Task": plain(head.get("task")),
+        "Budget": plain(shown),
+        "Seeds": plain(head.get("seeds")),
         "Runs": runs,
         "Started": re.sub(r"(T|\d\d:\d\d)(\d\d:\d\d).*", r" \2", str(head.get("started") or NOTHING)),
     }
@@ -147,7 +87,7 @@ def _recipe(line: Line) -> str:
     for key in [*words, *(key for key in recipe if key not in words)]:
         if recipe.get(key) is not None:
             value = recipe[key]
-            shown = f"{100 * value:.3g} %" if key == "warmup_ratio" and finite(value) is not None else _plain(value)
+            shown = f"{100 * value:.3g} %" if key == "warmup_ratio" and finite(value) is not None else plain(value)
             parts.append(f"{words.get(key, key.replace('_', ' '))} {shown}".strip())
     return ", ".join(parts) or NOTHING
 
@@ -156,7 +96,7 @@ def _knob(line: Line) -> tuple[str, bool]:
     knob = line.knob or {}
     if knob.get("name") is None:
         return NOTHING, False
-    return f"{knob['name']} = {_plain(knob.get('value'))}", bool(knob.get("unreachable"))
+    return f"{knob['name']} = {plain(knob.get('value'))}", bool(knob.get("unreachable"))
 
 
 def _row(line: Line, study: Study) -> dict[str, Any]:
@@ -312,27 +252,3 @@ def _curve(points: list[dict[str, Any]], key: str) -> list[list[float]]:
         parts = [pairs[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
         pairs = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
     return [[step, _round(value)] for step, value in pairs]
-
-
-def rank_strip(ranks: dict[str, int]) -> dict[str, Any] | None:
-    """Module ranks as a grid: one row a kind of module, one column a layer.
-
-    "model.layers.3.self_attn.q_proj" is layer 3 of kind "q_proj"; kinds whose last name is not unique keep more of it.
-    A module without a number in its name stands in a column of its own (layer null).
-    """
-    if not ranks:
-        return None
-    cells = []
-    for module, rank in ranks.items():
-        found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", module)
-        layer, kind = (int(found[1]), found[2]) if found else (None, module)
-        cells.append((kind, layer, rank))
-    kinds = list(dict.fromkeys(kind for kind, _, _ in cells))
-    last = [kind.rsplit(".", 1)[-1] for kind in kinds]
-    names = dict(zip(kinds, last if len(set(last)) == len(last) else kinds, strict=True))
-    return {
-        "kinds": [names[kind] for kind in kinds],
-        "layers": sorted({layer for _, layer, _ in cells if layer is not None})
-        + ([None] if any(layer is None for _, layer, _ in cells) else []),
-        "cells": [[names[kind], layer, rank] for kind, layer, rank in cells],
-    }

@@ -202,6 +202,14 @@ def read(results: Path) -> Study:
     Raises:
         UsageError: there is no such file, or it is no study.
     """
+    return _digest(*parse(results))
+
+
+def parse(results: Path) -> tuple[Row, list[Row], list[str]]:
+    """The study row of a results file, its runs' rows, and what a reader must know of the file.
+
+    Raises UsageError where there is no such file, or it is no study.
+    """
     path = results / "results.jsonl" if results.is_dir() else results
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -210,7 +218,7 @@ def read(results: Path) -> Study:
     head, runs, notes = _parse(text)
     if head is None:
         raise UsageError(f"{str(path)!r} holds no comparison: the line with kind 'study' is missing")
-    return _digest(head, _latest(runs), notes)
+    return head, runs, notes
 
 
 def _parse(text: str) -> tuple[Row | None, list[Row], list[str]]:
@@ -242,6 +250,7 @@ def _latest(runs: list[Row]) -> list[Row]:
 
 
 def _digest(head: Row, runs: list[Row], notes: list[str]) -> Study:
+    runs = _latest(runs)
     plan = head.get("plan") or {}
     notes = [*map(str, plan.get("notes") or []), *notes]
     planned = {entry.get("method"): entry for entry in plan.get("entries") or []}

@@ -8,8 +8,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from weft.report import quantities
-from weft.report.study import Line, Study, read
+from weft.report import quantities, tradeoffs
+from weft.report.study import Line, Study, parse, read
 
 
 def terminal_table(results: Path) -> Table:
@@ -23,6 +23,9 @@ def terminal_table(results: Path) -> Table:
     Raises:
         UsageError: there are no results to show.
     """
+    head, rows, remarks = parse(Path(results))
+    if head.get("pillar") == "compress":
+        return tradeoffs.terminal_table(tradeoffs.digest(head, rows, remarks))
     study = read(Path(results))
     lines = [*study.lines, *study.references]
     forgetting = any(line.forgetting for line in lines)

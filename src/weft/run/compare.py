@@ -57,10 +57,10 @@ class Extras:
 # --- the study --------------------------------------------------------------------------------------------------------
 
 
-def versions(study: Study) -> dict[str, str]:
-    """What the numbers depend on."""
+def versions(*further: str) -> dict[str, str]:
+    """What the numbers depend on; `further` packages beside the usual ones."""
     found = {"python": platform.python_version()}
-    for package in (*PACKAGES, *(generate.PACKAGES if study.generate else ())):
+    for package in (*PACKAGES, *further):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -129,7 +129,7 @@ def compare(
     output = Path(output)
     if study.generate:
         generate.check_installed("--generate")
-    request = request_of(study, versions(study))
+    request = request_of(study, versions(*(generate.PACKAGES if study.generate else ())))
     if ray is not None:
         spread.check_ray(ray)
     if not read_rows(output / "results.jsonl")[0]:  # else the plan is in the file, and a changed request refused
@@ -145,7 +145,7 @@ def compare(
         observer.planned(plan, header)
         forgetting = _forgetting(plan, output, observer, debug)
         context = context_of(plan, forgetting, debug)
-        with _pool(context, study, workers or default_workers(plan), ray) as pool:
+        with _pool(context, study, workers or default_workers(plan.parameters, study.threads), ray) as pool:
             _train_all(plan, results, pool, observer)
         for task in timing(plan, results.rows):
             observer.progressed(plan, results.rows, [task])
@@ -169,7 +169,7 @@ def _header(plan: Plan, request: Row, extras: Extras) -> Row:
         "seeds": study.final_seeds,
         "methods": [entry.method for entry in plan.entries],
         "command": extras.command,
-        "versions": versions(study),
+        "versions": request["versions"],
         "hardware": hardware(),
         "commit": commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -247,7 +247,7 @@ def _record(results: Results, plan: Plan, task: Task, row: Row | None, observer:
     observer.finished(row)
 
 
-def default_workers(plan: Plan) -> int:
+def default_workers(parameters: int, threads: int) -> int:
     """One process a core, as far as memory goes, where there is no GPU; a GPU is not shared."""
     import psutil
     import torch
@@ -255,5 +255,5 @@ def default_workers(plan: Plan) -> int:
     if torch.cuda.is_available():
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = 16 * plan.parameters + 1e9  # weights, gradients and two moments in float32; libraries and activations
-    return max(1, min(cores // plan.study.threads, int(psutil.virtual_memory().available / each)))
+    each = 16 * parameters + 1e9  # weights, gradients and two moments in float32; libraries and activations
+    return max(1, min(cores // threads, int(psutil.virtual_memory().available / each)))

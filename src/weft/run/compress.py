@@ -470,15 +470,8 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
     done = finished_layers(run)
     with _kept_work(run):
         model = models.load_as_saved(run.options.model or "", bf16=run.options.bf16).to(models.device())
-        data = {
-            source: (
-                [{name: t.to(models.device()) for name, t in batch.items()} for batch in each.batches],
-                each.weight,
-            )
-            for source, each in found.items()
-        }
         made = compress(
-            model, run.method, data=data or None, work=run.work / "layers", observer=observer, **run.settings
+            model, run.method, data=batches_of(found), work=run.work / "layers", observer=observer, **run.settings
         )
         if run.options.dense and not run.options.then:
             to_dense(model)
@@ -490,6 +483,16 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
     if not run.options.then:
         shutil.rmtree(run.work)
     return report
+
+
+def batches_of(found: dict[str, Calibration]) -> dict[str, tuple[list[dict[str, torch.Tensor]], float]] | None:
+    """Calibration as `weft.compress` takes it, where models do their work; None where there is none."""
+    from weft.run import models
+
+    def placed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(models.device()) for name, tensor in batch.items()}
+
+    return {source: ([placed(batch) for batch in each.batches], each.weight) for source, each in found.items()} or None
 
 
 @contextmanager

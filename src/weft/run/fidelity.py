@@ -263,36 +263,47 @@ def compare(model: nn.Module, against: nn.Module | None, corpus: Corpus, task: s
         mean; `difference` of "loss", and "accuracy" where there is one, with its interval; `collapsed`, whether the
         perplexity is twice as large or more.
     """
-    both = [model] if against is None else [model, against]
-    batches = evaluate.over_batches(
-        measure_batch, both, corpus.rows, batch_size, range(len(corpus.rows)), corpus.pad_token_id
-    )
-    measured: list[list[tuple[int, int, float, int, int]]] = [[] for _ in both]
-    apart: list[tuple[int, int, int, float]] = []
-    for rows, far in batches:
-        for all_rows, some in zip(measured, rows, strict=True):
-            all_rows += some
-        apart += far
-    metrics = [evaluate.summarise(sorted(each), task) for each in measured]
+    rows, apart = measured(model, against, corpus, batch_size)
+    metrics = [evaluate.summarise(each, task) for each in rows]
     found: Json = {"model": _brief(metrics[0])}
     if against is None:
         return found
-    positions = sum(each[1] for each in apart)
     mine, theirs = metrics
     tables = [mine["per_document"], theirs["per_document"]]
     difference = {}
     if task == "classification":
         right = [[[1 - wrong, 1] for wrong, _ in table] for table in tables]
         difference["accuracy"] = _difference(right[0], right[1], higher_is_better=True)
-        tables = [[[nats, 1] for _, _, nats, _, _ in sorted(each)] for each in measured]
+        tables = [[[nats, 1] for _, _, nats, _, _ in each] for each in rows]
     difference["loss"] = _difference(tables[0], tables[1])
     return found | {
         "against": _brief(theirs),
-        "agreement": sum(each[2] for each in apart) / positions,
-        "kl": _finite(math.fsum(each[3] for each in sorted(apart)) / positions),
+        **apart,
         "difference": difference,
         "collapsed": task == "causal-lm" and not mine["loss"] < theirs["loss"] + COLLAPSED,  # NaN is
     }
+
+
+def measured(
+    model: nn.Module, against: nn.Module | None, corpus: Corpus, batch_size: int
+) -> tuple[list[list[tuple[int, int, float, int, int]]], Json]:
+    """Each model's rows as `evaluate.summarise` takes them, and, where there are two models, `agreement` and `kl`."""
+    both = [model] if against is None else [model, against]
+    batches = evaluate.over_batches(
+        measure_batch, both, corpus.rows, batch_size, range(len(corpus.rows)), corpus.pad_token_id
+    )
+    found: list[list[tuple[int, int, float, int, int]]] = [[] for _ in both]
+    apart: list[tuple[int, int, int, float]] = []
+    for rows, far in batches:
+        for all_rows, some in zip(found, rows, strict=True):
+            all_rows += some
+        apart += far
+    found = [sorted(each) for each in found]
+    if against is None:
+        return found, {}
+    positions = sum(each[1] for each in apart)
+    agreement = sum(each[2] for each in apart) / positions
+    return found, {"agreement": agreement, "kl": _finite(math.fsum(each[3] for each in sorted(apart)) / positions)}
 
 
 def measure_batch(

@@ -104,27 +104,29 @@ def run_task(context: Row, task_fields: Row) -> Row:
             traceback.print_exc()
         row["error"] = sentence(error)
     gc.collect()
-    return _finite(row)
+    return without_nan(row)
 
 
-def sentence(error: BaseException) -> str:
-    """An error as one line that a table can show."""
+def sentence(
+    error: BaseException, thrift: str = "a smaller --batch-size with more --gradient-accumulation needs less"
+) -> str:
+    """An error as one line that a table can show; `thrift` says what needs less memory."""
     text = " ".join(str(error).split())
     if isinstance(error, WeftError) and text:
         return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
-        return "out of memory; a smaller --batch-size with more --gradient-accumulation needs less"
+        return f"out of memory; {thrift}"
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The value with None for every NaN and infinity, which JSON does not know."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [without_nan(each) for each in value]
     return value
 
 

@@ -156,6 +156,16 @@ class Processes:
 
 
 @contextlib.contextmanager
+def processes(function: Function, context: Json, workers: int, threads: int) -> Iterator[Processes]:
+    """A pool of processes that ends with the block."""
+    pool = Processes(function, context, workers, threads)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@contextlib.contextmanager
 def _threads_in_environment(threads: int) -> Iterator[None]:
     """Libraries that read their number of threads when they are loaded find ours, in the process that starts now."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")
