@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{slug}, shrink {a}": (slug, {"shrink": a}) for slug in ("svd_llm", "lord") for a in AMOUNTS},
     "svd_llm, sequential": ("svd_llm", {"shrink": 0.0, "sequential": True}),
     "svd_llm, water": ("svd_llm", {"shrink": 0.0, "allocate": "water"}),
+    "svd_llm, sweep": ("svd_llm", {"shrink": 0.0, "allocate": "sweep"}),
     "svd_llm, block_influence": ("svd_llm", {"shrink": 0.0, "allocate": "block_influence"}),
 }
 

@@ -40,6 +40,10 @@ from weft.algebra.sparse_coding import ksvd, omp, spread, starting_atoms, sweep
 from weft.linear.dictionary import Dictionary, _Codes, _sparse
 from weft.run.compare import commit
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "algebra"))
+
+import textbook_ksvd
+
 RESULTS = Path(__file__).parent / "results" / "sparse_coding.json"
 
 
@@ -57,30 +61,12 @@ def least(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def textbook_omp(y: Tensor, atoms: Tensor, s: int) -> Tensor:
-    """S (n × k), a signal and an atom at a time."""
+    """S (n × k), a signal at a time."""
     codes = y.new_zeros(len(y), len(atoms))
     for signal, code in zip(y, codes):
-        taken: list[int] = []
-        rest = signal
-        for _ in range(s):
-            fits = (atoms @ rest).abs()
-            fits[taken] = -1
-            taken.append(int(fits.argmax()))
-            amounts = torch.linalg.lstsq(atoms[taken].mT, signal[:, None]).solution[:, 0]
-            rest = signal - amounts @ atoms[taken]
+        taken, amounts = textbook_ksvd.omp(signal, atoms, s)
         code[taken] = amounts
     return codes
-
-
-def textbook_sweep(y: Tensor, atoms: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """New atoms and codes, by a singular value decomposition for each atom."""
-    atoms, codes = atoms.clone(), codes.clone()
-    for j in range(len(atoms)):
-        of_j = codes[:, j].nonzero()[:, 0]
-        without = y[of_j] - codes[of_j] @ atoms + codes[of_j, j, None] * atoms[j]
-        u, s, vh = torch.linalg.svd(without, full_matrices=False)
-        atoms[j], codes[of_j, j] = vh[0], s[0] * u[:, 0]
-    return atoms, codes
 
 
 def race(n: int, d: int, k: int, s: int) -> dict[str, Any]:
@@ -89,7 +75,7 @@ def race(n: int, d: int, k: int, s: int) -> dict[str, Any]:
     pursuing, (index, values) = least(lambda: omp(atoms @ atoms.mT, y @ atoms.mT, s), 3)
     loop, codes = least(lambda: textbook_omp(y, atoms, s), 1)
     sweeping, (new, amounts) = least(lambda: sweep(y, atoms, index, values), 3)
-    decomposing, (theirs, their_codes) = least(lambda: textbook_sweep(y, atoms, codes), 1)
+    decomposing, (theirs, their_codes) = least(lambda: textbook_ksvd.sweep(y, atoms, codes), 1)
 
     def left(a: Tensor, c: Tensor) -> float:
         return float((y - c @ a).double().square().sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import textbook_ksvd
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,30 +21,6 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
-
-
-def textbook_omp(y: Tensor, atoms: Tensor, s: int) -> tuple[list[int], Tensor]:
-    """One signal: the atom that fits best, then least squares on all so far."""
-    taken: list[int] = []
-    rest = y
-    for _ in range(s):
-        fits = (atoms @ rest).abs()
-        fits[taken] = -1
-        taken.append(int(fits.argmax()))
-        amounts = torch.linalg.lstsq(atoms[taken].mT, y[:, None]).solution[:, 0]
-        rest = y - amounts @ atoms[taken]
-    return taken, amounts
-
-
-def textbook_sweep(y: Tensor, atoms: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """K-SVD by singular value decompositions, one atom after the other."""
-    atoms, codes = atoms.clone(), codes.clone()
-    for j in range(len(atoms)):
-        of_j = codes[:, j].nonzero()[:, 0]
-        without = y[of_j] - codes[of_j] @ atoms + codes[of_j, j, None] * atoms[j]
-        u, s, vh = torch.linalg.svd(without, full_matrices=False)
-        atoms[j], codes[of_j, j] = vh[0], s[0] * u[:, 0]
-    return atoms, codes
 
 
 def pursue(y: Tensor, atoms: Tensor, s: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +41,7 @@ def test_all_signals_at_once_are_the_textbook_loop(n, d, k, data):
     y, atoms = drawn(n, d, seed=n), unit(drawn(k, d, seed=n + 1))
     index, values = pursue(y, atoms, s)
     for row in range(n):
-        taken, amounts = textbook_omp(y[row], atoms, s)
+        taken, amounts = textbook_ksvd.omp(y[row], atoms, s)
         assert index[row].tolist() == taken
         torch.testing.assert_close(values[row], amounts, rtol=1e-7, atol=1e-9)
 
@@ -151,7 +128,7 @@ def test_with_many_power_iterations_it_is_the_textbook_sweep():
     y, atoms = drawn(40, 7), unit(drawn(9, 7, seed=1))
     index, values = pursue(y, atoms, 3)
     found, values = sweep(y, atoms, index, values, power=1000)
-    expected, codes = textbook_sweep(y, atoms, spread(index, pursue(y, atoms, 3)[1], 9))
+    expected, codes = textbook_ksvd.sweep(y, atoms, spread(index, pursue(y, atoms, 3)[1], 9))
     signs = (found * expected).sum(1).sign()  # of singular pairs
     torch.testing.assert_close(found, signs[:, None] * expected, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(spread(index, values, 9), signs * codes, rtol=1e-7, atol=1e-8)

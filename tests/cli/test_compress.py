@@ -155,17 +155,22 @@ def test_a_model_keeps_the_dtype_that_it_has(weft, words, llama, tmp_path):
 def test_dense_needs_no_weft(weft, words, refuse, tmp_path):
     import transformers as hf
 
-    plain = {}
     for name, more in (("factors", ()), ("out", ("--dense",))):
         assert weft(*words("--keep", 0.5, "--no-center", *more, method="lord", output=name))[0] == 0
-        plain[name] = logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    assert weft("export", tmp_path / "factors", tmp_path / "later", "--to", "dense")[0] == 0
+    refuse(2, "export", tmp_path / "later", tmp_path / "again", "--to", "dense", says=("stock model already",))
+    refuse(2, "export", tmp_path / "factors", tmp_path / "again", "--to", "merged", says=("whole model", "--to dense"))
+    names = ("factors", "out", "later")
+    plain = {name: logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in names}
     torch.testing.assert_close(plain["out"], plain["factors"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(plain["out"], plain["later"])
+    assert (tmp_path / "later" / "tokenizer.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and report(tmp_path / "out")["dense"]
     assert "import weft" not in (tmp_path / "out" / "README.md").read_text()
     says = ("--dense", "lord", "q_proj", "no place", "--no-center")
     refuse(2, *words("--dense", method="lord", output="refused"), says=says)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["factors", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["factors", "later", "out"]
 
 
 def test_several_corpora(weft, words, tmp_path):
@@ -196,6 +201,52 @@ def test_a_classifier_and_its_labels(weft, words, refuse, llama, tmp_path):
     text = tiny.write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in tiny.sentences(20)])
     refuse(2, *words(method="fwsvd", model=model, source=text, output="none"), says=("fwsvd", "label"))
     assert weft(*words(model=model, source=text, output="text"))[0] == 0
+
+
+RECOVERY = ("--then", "adapt:sora,max_steps=3,r=2,learning_rate=0.05")
+
+
+def test_recovered_by_an_adapter(weft, words, tmp_path):
+    """As small as the compressed model, its factors moved and nothing else."""
+    import transformers as hf
+
+    assert weft(*words("--keep", 0.6, output="alone"))[0] == 0
+    assert weft(*words("--keep", 0.6, *RECOVERY))[0] == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "out"))
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    moved = {name for name, t in before.items() if not torch.equal(t, after[name])}
+    factors = {name for name in before if name.endswith((".up.weight", ".down.weight"))}
+    assert moved and moved <= factors
+    for name, t in before.items():
+        assert torch.linalg.matrix_rank(after[name] - t) <= 2 if name in moved else True
+    told = report(tmp_path / "out")["recovery"]
+    assert told["method"] == "sora" and told["steps"] == 3 and math.isfinite(told["validation"]["loss"])
+    assert logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")).isfinite().all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+    assert weft(*words("--keep", 0.6, *RECOVERY, "--dense", output="dense"))[0] == 0
+    dense = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    both = [logits(m) for m in (dense, hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))]
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_recovery_goes_on_where_it_was(weft, refuse, words, tmp_path, monkeypatch):
+    from weft.compress import _engine
+    from weft.run import adapt
+
+    assert weft(*words("--keep", 0.6, *RECOVERY, output="whole"))[0] == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt, "run_adapt", interrupted)
+        refuse(1, *words("--keep", 0.6, *RECOVERY), says=("interrupted", "compressed model is kept", "--config"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(_engine, "calibrate", interrupted)  # which nothing asks for again
+    assert weft(*words("--keep", 0.6, *RECOVERY))[0] == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(t, two[name]) for name, t in one.items()) and not (tmp_path / "out.work").exists()
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -288,6 +339,14 @@ def test_words_that_cannot_work(bad, refuse):
     bad("--mix", "a=0", says=("mix", "a", "0"))
     bad("--mix", "a", says=("mix", "'a'"))
     bad("--shrink", "2", says=("shrink=2",))
+    bad("--then", "adapt", says=("then='adapt'", "adapt:METHOD"))
+    bad("--then", "export:lora", says=("then='export:lora'", "adapt:METHOD"))
+    bad("--then", "adapt:sorra", says=("'sorra'", "did you mean 'sora'"))
+    bad("--then", "adapt:sora,max_stepz=3", says=("'max_stepz'", "did you mean 'max_steps'"))
+    bad("--then", "adapt:sora,max_steps", says=("name=value",))
+    bad("--then", "adapt:sora,output=o", says=("output is the compression's own",))
+    bad("--then", "adapt:full", says=("full has nothing to merge",))
+    bad("--then", "adapt:sora", method="svd", source=None, says=("--data is missing", "recovery"))
     refuse(2, "compress", says=("--model is missing",))
     refuse(2, "compress", "--model", "m", says=("--method is missing",))
     refuse(2, "compress", "--model", "m", "--method", "svd", says=("--output is missing",))

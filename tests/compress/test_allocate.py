@@ -1,6 +1,7 @@
 """Sizes for layers: within the budget, nothing more fits, and each rule by its own definition."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ def menu(out: int, in_: int, decay: float, influence: float = 0.1, most: int | N
     values = torch.arange(1, min(out, in_) + 1, dtype=torch.float64) ** -decay
     energy = values.square()
     errors = torch.stack([energy[r:].sum() / energy.sum() for r in ranks])
-    return Menu([16 * r * (out + in_) for r in ranks], ranks, 16 * out * in_, errors, values, influence)
+    bits, losses = [16 * r * (out + in_) for r in ranks], decay * torch.tensor([0.9, 0.5, 0.2, 0.1])
+    return Menu(bits, ranks, 16 * out * in_, errors, values, influence, f"{out}", losses)
 
 
 SHAPES = [(24, 24), (24, 64), (64, 24), (12, 24), (7, 31)]
@@ -120,12 +122,31 @@ def test_block_influence_hands_on_what_a_clamped_block_cannot_give():
     assert sum(kept) / 4 == pytest.approx(0.6, abs=0.011)
 
 
+def test_sweep_cuts_hardest_where_the_loss_rises_least():
+    """Two types, four layers: one costs nothing until a fifth is left, the other rises by 1 for each fifth."""
+    cheap, dear = torch.tensor([0.1, 0.0, 0.0, 0.0]), torch.tensor([4.0, 3.0, 2.0, 1.0])
+    menus = {
+        f"{i}.{kind}": replace(menu(100, 100, 0.5), type=kind, losses=losses)
+        for i in range(2)
+        for kind, losses in (("cheap", cheap), ("dear", dear))
+    }
+    sizes = ALLOCATORS["sweep"](menus, 0.7)
+    kept = {name: cost(menus[name], size) / menus[name].dense for name, size in sizes.items()}
+    assert kept["0.cheap"] == kept["1.cheap"] == pytest.approx(0.4, abs=0.03)  # beyond it would cost, and save no rise
+    assert kept["0.dear"] == kept["1.dear"] == pytest.approx(1, abs=0.03)
+    noisy = {name: replace(m, losses=m.losses + torch.tensor([0.0, -0.2, 0.0, 0.0])) for name, m in menus.items()}
+    assert ALLOCATORS["sweep"](noisy, 0.7)["0.cheap"] == sizes["0.cheap"]  # a loss that falls is a loss that stays
+    assert total(menus, sizes) <= 0.7 * sum(m.dense for m in menus.values())
+
+
 def test_refusals_say_what_would_work():
     with pytest.raises(UsageError, match="did you mean 'uniform'"):
         allocate("unifrom", MENUS, 0.5)
     with pytest.raises(UsageError, match="stores 0\\."):
         allocate("uniform", MENUS, 0.001)
     bare = {"a": Menu([16, 32], [1, 2], 64)}
+    with pytest.raises(UsageError, match="needs losses"):
+        allocate("sweep", bare, 0.5)
     with pytest.raises(UsageError, match="needs errors"):
         allocate("water", bare, 0.5)
     with pytest.raises(UsageError, match="calibration data"):

@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))  # models.py
 
@@ -252,7 +253,7 @@ def test_what_a_method_needs_is_asked_for(method):
 
 
 @every_method
-@pytest.mark.parametrize("allocate", ["energy", "water", "threshold", "block_influence"])
+@pytest.mark.parametrize("allocate", ["energy", "water", "threshold", "block_influence", "sweep"])
 def test_every_allocator_serves_every_method(method, allocate):
     model = llama(torch.float32)
     if allocate not in offered(method):
@@ -264,6 +265,28 @@ def test_every_allocator_serves_every_method(method, allocate):
     share = options.get("keep", 0.6)
     assert share - 0.05 < report.keep <= share
     assert torch.isfinite(logits(model, batches(model))).all()
+
+
+def test_a_sweep_cuts_one_type_at_a_time(tmp_path):
+    """The rise of the loss by hand: both up projections at two fifths of their bits, nothing else."""
+    model = llama()
+    data = batches(model)
+    before = copy.deepcopy(model)
+    compress(model, "svd", keep=0.6, allocate="sweep", data=data, work=tmp_path)
+    found = load_file(tmp_path / "sweep.tensors")
+    assert len(found) == 7 and all(rises.shape == (4,) for rises in found.values())
+
+    def loss(model):
+        with torch.no_grad():
+            labels = [b["input_ids"].masked_fill(b["attention_mask"] == 0, -100) for b in data]
+            return sum(float(model(**b, labels=wanted).loss) for b, wanted in zip(data, labels)) / len(data)
+
+    whole = loss(before)
+    for block in before.model.layers:
+        w = block.mlp.up_proj.weight.data  # 37 × 32, so that six of its values take two fifths of it
+        u, s, vh = torch.linalg.svd(w)
+        block.mlp.up_proj.weight.data = u[:, :6] @ torch.diag(s[:6]) @ vh[:6]
+    assert float(found["model.layers.mlp.up_proj"][1]) == pytest.approx(loss(before) - whole, rel=1e-6)
 
 
 @every_method

@@ -15,6 +15,7 @@ from weft import registry
 from weft.cli import _flags
 from weft.errors import WeftError
 from weft.run import compress as _compress
+from weft.run import recover
 from weft.run.adapt import RUN_FILE, read_run_file
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def _run(config: str | None, plan: bool | None, resume: bool | None, **flags: An
         import torch
 
         torch.set_num_threads(run.options.threads)
+    if recover.waits(run) and not plan:
+        console.print(last_line(run, recovered(run, console)), highlight=False, soft_wrap=True)
+        return
     display = None
     try:
         model = _compress.skeleton(run)
@@ -94,7 +98,21 @@ def _run(config: str | None, plan: bool | None, resume: bool | None, **flags: An
             f"interrupted with {done} of {display.total} layers finished; go on with: {resume_command(run)}"
         ) from None
     console.print(end_table(report))
+    if run.options.then:
+        report = recovered(run, console)
     console.print(last_line(run, report), highlight=False, soft_wrap=True)
+
+
+def recovered(run: _compress.Request, console: Console) -> dict[str, Any]:
+    """The report after the recovery; interrupted, it says how to go on."""
+    from weft.run.loop import Interrupted
+
+    try:
+        return recover.recover(run, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    except Interrupted as stopped:
+        raise Interrupted(stopped.step, stopped.checkpoint, resume_command(run)) from None
+    except KeyboardInterrupt:
+        raise WeftError(f"interrupted; the compressed model is kept; go on with: {resume_command(run)}") from None
 
 
 def _console() -> Console:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Menu:
         errors: the share of the layer's objective that each size leaves, 1 for nothing kept; None if not known.
         values: the singular values behind the sizes, descending, of the untouched weight; None if not known.
         influence: how much the layer's block changes what passes through it; None if not known.
+        type: what layers in the same place of every block have in common.
+        losses: how much the model's loss rises where all layers of the type keep a share of TRIED; None if not known.
     """
 
     bits: Sequence[int]
@@ -35,6 +38,8 @@ class Menu:
     errors: Tensor | None = None
     values: Tensor | None = None
     influence: float | None = None
+    type: str = ""
+    losses: Tensor | None = None
 
 
 Menus = Mapping[str, Menu]
@@ -69,7 +74,7 @@ def _affordable(menu: Menu) -> Menu:
     """The menu without what costs as much as the dense layer: the break-even guard."""
     count = sum(cost < menu.dense for cost in menu.bits)
     errors = None if menu.errors is None else menu.errors[:count]
-    return Menu(menu.bits[:count], menu.sizes[:count], menu.dense, errors, menu.values, menu.influence)
+    return replace(menu, bits=menu.bits[:count], sizes=menu.sizes[:count], errors=errors)
 
 
 def cost(menu: Menu, size: int | None) -> int:
@@ -201,15 +206,57 @@ def block_influence(menus: Menus, keep: float, *, smoothing: float = 0.15, most:
     }
 
 
+TRIED = (0.2, 0.4, 0.6, 0.8)
+
+
+def sweep(menus: Menus, keep: float) -> Sizes:
+    """LoRD's sweep over types of layers: those whose cut raises the model's loss least are cut hardest.
+
+    Each type alone keeps a share of its bits, in all blocks, for the shares of TRIED; between those the loss is taken
+    to rise linearly, and never to fall as less is kept. The types' shares are those of the least sum of rises.
+    Ayush Kaushal et al., "LORD", arXiv 2309.14021, who do not say how the sweep becomes ranks.
+    """
+    types: dict[str, list[Menu]] = {}
+    for menu in menus.values():
+        types.setdefault(menu.type, []).append(menu)
+    shares = np.linspace(0.01, 0.99, 99)
+    merged = {}
+    for name, members in types.items():
+        rises = np.maximum.accumulate([0.0, *_needed(members[0].losses, "sweep").tolist()[::-1]])[::-1]
+        nothing = 2 * rises[0] - rises[1]  # as from the second share to the first
+        curve = np.interp(shares, [0, *TRIED, 1], [nothing, *rises])
+        dense = sum(menu.dense for menu in members)
+        merged[name] = Menu([int(x * dense) for x in shares], range(99), dense, errors=torch.from_numpy(curve))
+    picked = water(merged, keep)
+
+    def share(menu: Menu) -> float:
+        place = picked[menu.type]
+        return 1.0 if place is None else float(shares[place])
+
+    return {name: _largest(menu, share(menu) * menu.dense) for name, menu in menus.items()}
+
+
+def tried(menu: Menu, share: float) -> int | None:
+    """The size that a sweep tries for a share of the bits; None: none is smaller than the layer as it is."""
+    return _largest(_affordable(menu), share * menu.dense)
+
+
 ALLOCATORS: dict[str, Callable[[Menus, float], Sizes]] = {
     "uniform": uniform,
     "energy": energy,
     "water": water,
     "threshold": threshold,
     "block_influence": block_influence,
+    "sweep": sweep,
 }
 # what an allocator reads from the menus, beside bits
-READS = {"energy": "errors", "water": "errors", "threshold": "values", "block_influence": "influence"}
+READS = {
+    "energy": "errors",
+    "water": "errors",
+    "threshold": "values",
+    "block_influence": "influence",
+    "sweep": "losses",
+}
 
 
 def _needed(found: Tensor | None, how: str) -> Tensor:

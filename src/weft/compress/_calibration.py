@@ -298,6 +298,14 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+def mean_loss(model: nn.Module, data: Sequence[Corpus]) -> float:
+    """The task's loss, a mean over batches and a weighted one over corpora."""
+    with torch.inference_mode(), evaluating(model):
+        losses = [sum(float(loss_of(model, batch)) for batch in c.batches) / len(c.batches) for c in data]
+    weight = sum(corpus.weight for corpus in data)
+    return sum(corpus.weight / weight * loss for corpus, loss in zip(data, losses))
+
+
 def influences(model: nn.Module, data: Sequence[Corpus], blocks: Mapping[str, nn.Module]) -> dict[str, float]:
     """For each block, the mean over tokens of 1 − cos(what enters, what leaves)."""
     sums = dict.fromkeys(blocks, 0.0)

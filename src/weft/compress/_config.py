@@ -25,11 +25,11 @@ class CompressConfig:
     exclude: list[str] | str | None = field(
         default=None, metadata={"help": "modules to leave as they are: name endings or one regex"}
     )
-    allocate: Literal["uniform", "energy", "water", "threshold", "block_influence"] = field(
+    allocate: Literal["uniform", "energy", "water", "threshold", "block_influence", "sweep"] = field(
         default="uniform",
         metadata={
             "help": "who gets how much: the same share everywhere, the same explained share, the least sum of errors, "
-            "one threshold on singular values, or by each block's influence"
+            "one threshold on singular values, by each block's influence, or by what each type of layer costs the loss"
         },
     )
     sequential: bool = field(
@@ -49,6 +49,11 @@ class CompressConfig:
         """Refuse values that cannot work. A method extends it for its own fields."""
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
             raise UsageError(f"keep={self.keep!r}: the share of stored bits to keep is above 0 and at most 1")
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether sizes depend on what the whole model makes of the calibration data."""
+        return self.allocate in ("block_influence", "sweep")
 
     @classmethod
     def own_fields(cls) -> list[dataclasses.Field[Any]]:

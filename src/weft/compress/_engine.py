@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from weft import registry
 from weft.algebra.random import checksum
-from weft.compress._allocate import READS, Menu, Sizes
-from weft.compress._calibration import Corpus, calibrate, corpora, fingerprint, influences
+from weft.compress._allocate import READS, TRIED, Menu, Sizes, tried
+from weft.compress._calibration import Corpus, calibrate, corpora, fingerprint, influences, mean_loss
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, factoriser
-from weft.compress._layers import Layer, Unit, blocks
+from weft.compress._layers import Layer, Unit, blocks, type_of
 from weft.compress._store import Store
 from weft.errors import UsageError
 from weft.linear._transformers import attach_format
@@ -113,15 +113,15 @@ def compress(
         attach_format(model)  # which refuses a quantised model, before any work
     data = corpora(data)
     needs = _needs(maker, layers)
-    if not data and (any(needs.values()) or config.allocate == "block_influence"):
+    if not data and (any(needs.values()) or config.runs_the_model):
         raise UsageError(f"{method} needs calibration data: give data, batches of what the model is called with")
     parts = [part for layer in layers for part in layer.parts]
     broken = [part.name for part in parts if not bool(torch.isfinite(part.weight).all())]
     if broken:
         raise UsageError(f"{broken[0]} has weights that are not finite; leave it out with exclude, or mend the model")
-    if config.sequential and READS.get(config.allocate) == "errors" and any(needs.values()):
+    if config.sequential and READS.get(config.allocate) in ("errors", "losses") and any(needs.values()):
         raise UsageError(
-            f"allocate={config.allocate!r} compares the errors of all layers, which sequential calibration finds one "
+            f"allocate={config.allocate!r} compares what all layers lose, which sequential calibration finds one "
             "after the other: use uniform, threshold or block_influence, or sequential=False"
         )
     store = Store(work, _request(method, config, maker.nested, layers, data) if work else {})
@@ -153,7 +153,7 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
     """
     _, maker, layers = _settled(model, method, options)
     reads = READS.get(maker.config.allocate)
-    if maker.prepares or reads in ("errors", "influence"):
+    if maker.prepares or reads == "errors" or maker.config.runs_the_model:
         return None
     if reads == "values" and any(part.weight.is_meta for layer in layers for part in layer.parts):
         return None
@@ -263,12 +263,45 @@ class _Job:
                 errors=self.errors(layer) if self.reads("errors") and self.maker.nested else None,
                 values=self.maker.values(layer) if self.reads("values") else None,
                 influence=influence.get(layer.block),
+                type=type_of(layer.name),
             )
+        if self.reads("losses") and self.maker.nested:
+            found = self.store.once("sweep", lambda: self.sweep(menus))
+            menus = {name: replace(menu, losses=found[menu.type]) for name, menu in menus.items()}
         places = self.maker.allocate(menus)
         return {
             layer.name: None if places[layer.name] is None else self.maker.sizes(layer)[places[layer.name]]  # type: ignore[index]
             for layer in self.layers
         }
+
+    def sweep(self, menus: Mapping[str, Menu]) -> dict[str, Tensor]:
+        """For each type of layer, how much the loss on the data rises where all of it, and nothing else, is cut."""
+        before = mean_loss(self.model, self.data)
+        types: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            if not isinstance(layer, Layer):
+                raise UsageError(f"allocate='sweep' tries one type of layer at a time, and {layer.name} is several")
+            types.setdefault(menus[layer.name].type, []).append(layer)
+        rises = {name: torch.zeros(len(TRIED), dtype=torch.float64) for name in types}
+        for number, (name, layers) in enumerate(types.items()):
+            self.say("trying types of layers", number, len(types), None)
+            for i, share in enumerate(TRIED):
+                for layer in layers:
+                    size = tried(menus[layer.name], share)
+                    if size is None:
+                        self.model.set_submodule(layer.name, layer.module)
+                    else:
+                        self.put(layer, self.maker.sizes(layer)[size])
+                rises[name][i] = mean_loss(self.model, self.data) - before
+            for layer in layers:
+                self.model.set_submodule(layer.name, layer.module)
+        return rises
+
+    def put(self, layer: Unit, size: int) -> tuple[str, dict[str, Tensor]]:
+        """Put a layer's form of this size in its place; the kind, and the tensors that it was made from."""
+        device = layer.parts[0].weight.device
+        tensors = {name: t.to(device) for name, t in self.store.get(layer.name).items()}
+        return self.maker.replace(self.model, layer, tensors, size), tensors
 
     def errors(self, layer: Unit) -> Tensor | None:
         """What each size of a layer leaves, where the method knows; nothing for a layer that has no size."""
@@ -279,9 +312,7 @@ class _Job:
         if size is None:
             row = self.row(layer, None)
         else:
-            device = layer.parts[0].weight.device
-            tensors = {name: t.to(device) for name, t in self.store.get(layer.name).items()}
-            kind = self.maker.replace(self.model, layer, tensors, size)
+            kind, tensors = self.put(layer, size)
             errors = tensors.get("errors")
             place = list(self.maker.sizes(layer)).index(size) if self.maker.nested else ...
             error = None if errors is None else float(errors[place])

@@ -99,6 +99,11 @@ class Group:
 Unit = Layer | Group  # what a method takes apart at one size
 
 
+def type_of(name: str) -> str:
+    """What layers in the same place of every block have in common: the name without numbers."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated blocks of a model, in order: the entries of the module list that holds most of its weights."""
     best: dict[str, nn.Module] = {}

@@ -13,8 +13,9 @@ the layer had none; `center=False` leaves the mean out (E[yyᵀ] in place of C),
 C is W·Cov[x]·Wᵀ, so the smaller of the two covariances is collected: of the input where in ≤ out (query, key and value,
 or gate and up, then share one), of the output elsewhere. A fused query-key-value layer has one common subspace.
 
-The paper's plain SVD is `svd`; its choice of ranks by energy is `allocate="energy"`. How many per cent of the ranks are
-cut is not how many parameters: a square layer of 60 % of its rank has 120 % of its parameters, and stays as it is.
+The paper's plain SVD is `svd`; its choice of ranks by energy is `allocate="energy"`, its sweep over types of layers
+`allocate="sweep"`. How many per cent of the ranks are cut is not how many parameters: a square layer of 60 % of its
+rank has 120 % of its parameters, and stays as it is.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ CARD = Card(
 class WeloreConfig(LowRankConfig):
     """Options of WeLore."""
 
-    allocate: Literal["uniform", "energy", "water", "threshold", "block_influence"] = field(
+    allocate: Literal["uniform", "energy", "water", "threshold", "block_influence", "sweep"] = field(
         default="threshold", metadata={"help": "who gets how much; the threshold is the paper's"}
     )
     min_ratio: float = field(

@@ -23,7 +23,7 @@ than one token run dense and single ones sparse: a prompt, then generation. Belo
 tokens run dense and the rest sparse, which shows on whole sequences what generation will meet; 0 turns sparsity off.
 
 For one token on a CPU, where no gradient is asked for, the active rows of a matrix of 2048 × 2048 or more are summed
-without being copied, which `benchmarks/r_sparse.py` measures. Everything else (two tokens of a batch already, whose
+without being copied, which `benchmarks/inference.py` measures. Everything else (two tokens of a batch already, whose
 active rows differ) is a product with a masked input: the same numbers, and somewhat slower than the dense layer.
 """
 

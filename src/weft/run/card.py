@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft import registry
+from weft.run.adapt import RUN_FILE
 
 if TYPE_CHECKING:
     from weft.compress._engine import Compression
@@ -62,6 +64,13 @@ def report_of(
     }
 
 
+def write_words(run: Request, report: dict[str, Any], folder: Path, model_class: str) -> None:
+    """What a folder says beside its weights: the report, the run file and the card."""
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / RUN_FILE).write_text(run.file(), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(run, report, model_class), encoding="utf-8")
+
+
 def _weights(folder: Path) -> int:
     """Bytes of a model's weight files."""
     return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
@@ -100,6 +109,8 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
     for name, each in report["calibration"].items():
         weight = f", weight {each['weight']:g}" if len(report["calibration"]) > 1 else ""
         lines.append(f"Calibrated on {each['sequences']} sequences of `{name}`, {each['tokens']:,} tokens{weight}.")
+    if "recovery" in report:
+        lines.append(_recovered(report["recovery"]))
     load = f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("{run.output}")'
     if replaced and not report["dense"]:
         load = f"import weft  # lets transformers know the compressed layers\n{load}"
@@ -110,3 +121,12 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
         f"It took {report['seconds']:.1f} s with {versions}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _recovered(recovery: dict[str, Any]) -> str:
+    loss = recovery["validation"].get("loss")
+    end = "" if loss is None else f"; its validation loss was {loss:.4f} in the end"
+    return (
+        f"Then `{recovery['method']}` was trained for {recovery['steps']:,} steps on the factors and merged into them "
+        f"({recovery['trainable']:,} parameters, {recovery['seconds']:.1f} s){end}."
+    )

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from weft import registry
 from weft.errors import UsageError, WeftError, nearest
 from weft.run import options as _options
+from weft.run import recover
 from weft.run.adapt import RUN_FILE
-from weft.run.card import CARD_FILE, REPORT_FILE, model_card, report_of
+from weft.run.card import REPORT_FILE, report_of, write_words
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,11 @@ class CompressOptions:
     seed: int = _option(0, "draws the sequences")
     bf16: bool = _option(False, "load and store the model in bfloat16; otherwise in the dtype that it has")
     dense: bool = _option(False, "write the result as a stock model that needs no weft, as large as before")
+    then: str | None = _option(
+        None,
+        "recover afterwards: adapt:METHOD, and options of weft adapt, as adapt:lora_sb,max_steps=200; trains on the "
+        "data, and goes into the factors",
+    )
     threads: int | None = _option(None, "CPU threads; their number changes the last bits")
 
     def __post_init__(self) -> None:
@@ -119,6 +125,12 @@ class Request:
     def work(self) -> Path:
         """The folder of finished layers."""
         return self.output.with_name(f"{self.output.name}.work")
+
+    def file(self) -> str:
+        """The run file's text."""
+        import yaml
+
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
     def command(self) -> str:
         """The command that makes this, without what it would do by itself."""
@@ -197,10 +209,13 @@ def request(given: dict[str, Any]) -> Request:
     config: Any = registry.config_class(method).from_options(  # type: ignore[attr-defined]
         _options.check(method, method_options(method), settings)
     )
-    if not options.data and ("data" in registry.card(method).needs or config.allocate == "block_influence"):
+    if not options.data and ("data" in registry.card(method).needs or config.runs_the_model):
         who = method if "data" in registry.card(method).needs else f"allocate={config.allocate}"
         raise UsageError(f"--data is missing: {who} needs calibration data, builtin:stdlib say")
-    return Request(options, method, config)
+    run = Request(options, method, config)
+    if options.then is not None:
+        recover.request(options, run.work)  # which refuses what cannot work
+    return run
 
 
 # --- before the weights -----------------------------------------------------------------------------------------------
@@ -244,7 +259,12 @@ class Outline:
     @property
     def reads_data(self) -> bool:
         """Whether calibration data has any influence."""
-        return bool(self.needs) or self.maker.config.allocate == "block_influence"
+        return bool(self.needs) or self.maker.config.runs_the_model
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether it is the model's own loss that counts, so that rows need labels."""
+        return "fisher" in self.needs or self.maker.config.allocate == "sweep"
 
 
 def outline(run: Request, model: Any) -> Outline:
@@ -311,7 +331,7 @@ def calibration(run: Request, model: Any, shape: Outline, say: Callable[[str], N
     if length < run.options.max_length:
         say(f"max_length is {length}, which is all that the model can see, not {run.options.max_length}")
     return {
-        source: _calibration(run, source, weight, model, "fisher" in shape.needs, tokenizer, length)
+        source: _calibration(run, source, weight, model, shape.reads_loss, tokenizer, length)
         for source, weight in run.options.corpora.items()
     }
 
@@ -417,7 +437,7 @@ def _differs(run: Request, folder: Path) -> str | None:
     """The first option in which a folder's run is another, in words; finished layers serve any keep and allocation."""
     import yaml
 
-    without_consequence = {"output", "dense"}
+    without_consequence = {"output", "dense", "then"}
     if not run.config.sequential:
         without_consequence |= {"keep", "allocate"}
     elsewhere = folder == run.output  # a finished model: everything counts
@@ -438,7 +458,7 @@ def finished_layers(run: Request) -> int:
 
 
 def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], observer: Observer) -> dict[str, Any]:
-    """Compress, and write the model's folder; what its report says.
+    """Compress, and write the model's folder, where a recovery follows into the work folder; what its report says.
 
     Raises WeftError where files cannot be read or written; finished layers stay in the work folder.
     """
@@ -460,16 +480,15 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
         made = compress(
             model, run.method, data=data or None, work=run.work / "layers", observer=observer, **run.settings
         )
-        if run.options.dense:
+        if run.options.dense and not run.options.then:
             to_dense(model)
-        with whole_folder(run.output) as partial:
+        with whole_folder(recover.compressed(run.work) if run.options.then else run.output) as partial:
             model.save_pretrained(partial)
-            _save_tokenizer(run, partial)
+            _save_tokenizer(run.options.model or "", partial)
             report = report_of(run, shape, made, found, partial, time.monotonic() - started, done)
-            _write(partial / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-            _write(partial / RUN_FILE, _run_file(run))
-            _write(partial / CARD_FILE, model_card(run, report, type(model).__name__))
-    shutil.rmtree(run.work)
+            write_words(run, report, partial, type(model).__name__)
+    if not run.options.then:
+        shutil.rmtree(run.work)
     return report
 
 
@@ -481,7 +500,7 @@ def _kept_work(run: Request) -> Iterator[None]:
     try:
         try:
             run.work.mkdir(parents=True, exist_ok=True)
-            write_text(run.work / RUN_FILE, _run_file(run))
+            write_text(run.work / RUN_FILE, run.file())
         except OSError as error:
             raise WeftError(f"{str(run.work)!r} cannot be written: {error.strerror or error}") from error
         yield
@@ -497,23 +516,30 @@ def _kept_work(run: Request) -> Iterator[None]:
         raise
 
 
-def _run_file(run: Request) -> str:
-    import yaml
+def write_dense(folder: str, out: Path) -> str:
+    """A compressed model as a stock one that needs no weft, with its tokenizer; what was written, in words.
 
-    return yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True)
+    Raises UsageError for a folder that holds no compressed model, or layers that no matrix describes.
+    """
+    from weft.linear._transformers import structured_layers, to_dense, whole_folder
+    from weft.run import models
+
+    model = models.load_as_saved(folder)
+    many = len(structured_layers(model))
+    if not many:
+        raise UsageError(f"{folder!r} holds no compressed layer, so it is a stock model already")
+    with whole_folder(out) as partial:
+        to_dense(model).save_pretrained(partial)
+        _save_tokenizer(folder, partial)
+    return f"{out}: a stock {type(model).__name__}, {many} compressed layers written out as matrices"
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _save_tokenizer(run: Request, folder: Path) -> None:
+def _save_tokenizer(spec: str, folder: Path) -> None:
     """The tokenizer with its chat template, and what else the model's folder holds to use it."""
     from transformers import AutoTokenizer
 
     from weft.run.models import folder_of, locate
 
-    spec = run.options.model or ""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(locate(spec))
     except (OSError, ValueError, KeyError):  # a model of something other than text

@@ -37,7 +37,9 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
     Counted are the weights' products, attention's at the sequences' mean length, and each layer's own statistics:
     layers that share an input share those, so there may be fewer.
     """
+    from weft.compress._allocate import TRIED
     from weft.compress._calibration import FORWARD
+    from weft.compress._layers import type_of
 
     tokens = sum(each.tokens for each in found.values())
     length = tokens / max(sum(each.sequences for each in found.values()), 1)
@@ -58,6 +60,8 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
             passes += tokens * sum(2.0 * layer.out * layer.in_ for layer in graded)
     if shape.maker.config.allocate == "block_influence":
         passes += tokens * whole
+    if shape.maker.config.allocate == "sweep":
+        passes += tokens * whole * (1 + len(TRIED) * len({type_of(layer.name) for layer in served}))
     counts = [shape.maker.operations(layer) for layer in served]
     known = [count for count in counts if count is not None]
     products += sum(count[0] for count in known)
