@@ -198,7 +198,7 @@ def _facts(card: weft.Card) -> str:
         from weft.compress._factoriser import factoriser
 
         kind = factoriser(card.slug, weft.config_class(card.slug)()).kind
-        facts = [["each layer becomes", f"`{kind}`"], ["it needs", ", ".join(card.needs) or "nothing"]]
+        facts = [["each linear layer becomes", f"`{kind}`"], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."

@@ -26,6 +26,7 @@ from weft.adapters.tlora import TloraConfig as TloraConfig
 from weft.adapters.wara import WaraConfig as WaraConfig
 from weft.compress._engine import compress as compress
 from weft.compress.armor import ArmorConfig as ArmorConfig
+from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig as AtomicFeatureMimickingConfig
 from weft.compress.cospadi import CospadiConfig as CospadiConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
 from weft.compress.lord import LordConfig as LordConfig

@@ -114,6 +114,13 @@ def test_block_influence_follows_the_formula():
         assert bits[size] <= (1 - share) * menus[name].dense < bits[size + 1]
 
 
+def test_block_influence_leaves_the_average_to_what_no_block_holds():
+    inside = {str(i): menu(32, 32, 0.5, influence) for i, influence in enumerate((0.05, 0.3))}
+    outside = {"table": replace(menu(100, 20, 0.5), influence=None)}
+    found = ALLOCATORS["block_influence"]({**outside, **inside}, 0.6)
+    assert found == {**ALLOCATORS["block_influence"](inside, 0.6), **ALLOCATORS["uniform"](outside, 0.6)}
+
+
 def test_block_influence_hands_on_what_a_clamped_block_cannot_give():
     menus = {str(i): menu(200, 200, 0.5, influence) for i, influence in enumerate((0.0, 1.0, 1.0, 1.0))}
     sizes = ALLOCATORS["block_influence"](menus, 0.6)

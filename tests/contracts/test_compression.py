@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))  # models.py
 
@@ -21,7 +20,6 @@ from weft.compress import _engine
 from weft.compress._calibration import Corpus, calibrate
 from weft.compress._engine import compress
 from weft.compress._factoriser import factoriser
-from weft.compress._layers import targets
 from weft.errors import UsageError
 from weft.linear._structured import Structured, stored_bits
 
@@ -38,9 +36,18 @@ def logits(model, data):
 def parts(method, model, data, **options):
     """The method, its layers, and their statistics, without the engine."""
     config = weft.config_class(method)(**options)
-    maker, layers = factoriser(method, config), targets(model, None, None)
+    maker = factoriser(method, config)
+    layers = maker.units(model)
     needs = {layer.name: maker.needs(layer) for layer in layers}
     return maker, layers, calibrate(model, [Corpus(data)], layers, needs)
+
+
+def inputs(layer, dtype):
+    """What the layer takes: rows, images, or every id."""
+    if isinstance(layer.module, torch.nn.Embedding):
+        return torch.arange(layer.in_)
+    shape = (4, layer.module.in_channels, 9, 8) if isinstance(layer.module, torch.nn.Conv2d) else (40, layer.in_)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 # settings at which a method loses nothing, where that is not its largest size
@@ -72,12 +79,13 @@ def offered(method):
 @pytest.mark.parametrize("keep", [0.8, 0.5])
 def test_what_is_stored_is_what_was_promised(method, name, keep):
     model = MODELS[name]()
-    before = {layer.name: layer for layer in targets(model, None, None)}
+    maker = factoriser(method, weft.config_class(method)())
+    before = {layer.name: layer for layer in maker.units(model)}
     biased = {n for n, layer in before.items() if layer.bias is not None}
     dense = sum(layer.bits for layer in before.values())
     options = keeping(method, keep)
     keep = options.get("keep", keep)
-    if not any(len(factoriser(method, weft.config_class(method)()).sizes(layer)) for layer in before.values()):
+    if not any(len(maker.sizes(layer)) for layer in before.values()):
         with pytest.raises(UsageError, match="below the smallest form of this method, which stores 1 of"):
             compress(model, method, **options, data=batches(model))
         return
@@ -87,7 +95,7 @@ def test_what_is_stored_is_what_was_promised(method, name, keep):
     for row in report.rows:
         layer = model.get_submodule(row.name)
         if row.size is None:
-            assert type(layer) in (torch.nn.Linear, Conv1D)
+            assert not isinstance(layer, Structured)
             stored += row.dense
         else:
             own = stored_bits(layer, bias=row.name not in biased)  # a bias that the method brought along counts
@@ -200,7 +208,7 @@ def test_the_full_setting_is_the_layer(method, name, dtype, tolerance):
             continue
         size = maker.sizes(layer)[-1]
         full = maker.build(layer, maker.decompose(layer, statistics[layer.name], size), size)
-        x = torch.randn(40, layer.in_, generator=torch.Generator().manual_seed(2), dtype=dtype)
+        x = inputs(layer, dtype)
         with torch.no_grad():
             expected, found = layer.module(x), full(x)
         assert found.dtype == dtype

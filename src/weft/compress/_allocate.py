@@ -184,9 +184,14 @@ def normalised(values: Tensor) -> Tensor:
 def block_influence(menus: Menus, keep: float, *, smoothing: float = 0.15, most: float = 0.8) -> Sizes:
     """MoDeGPT's rule: a block's sparsity is L·φ·softmax(−s/ε) of its influence s = E[1 − cos(x, x')], at most `most`.
 
-    What a clamped block cannot give is asked of the others, in the same proportions. Chi-Heng Lin et al.,
-    "MoDeGPT: Modular Decomposition for Large Language Model Compression", arXiv 2408.09632.
+    What a clamped block cannot give is asked of the others, in the same proportions. Layers outside of the blocks, as
+    embeddings, keep the average share. Chi-Heng Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model
+    Compression", arXiv 2408.09632.
     """
+    inside = {name: menu for name, menu in menus.items() if menu.influence is not None}
+    if 0 < len(inside) < len(menus):
+        outside = {name: menu for name, menu in menus.items() if name not in inside}
+        return {**block_influence(inside, keep, smoothing=smoothing, most=most), **uniform(outside, keep)}
     s = torch.tensor([_known(menu.influence, "block_influence") for menu in menus.values()], dtype=torch.float64)
     dense = torch.tensor([menu.dense for menu in menus.values()], dtype=torch.float64)
     wanted = (1 - keep) * dense.sum()

@@ -33,7 +33,8 @@ class Statistics:
     """Of one layer: what its method asked for, None otherwise.
 
     Attributes:
-        input, output: moments of what the layer receives and gives, bias included, over the tokens that count; of the
+        input, output: moments of what the layer receives and gives, bias included, over the tokens that count, or all
+            positions of a convolution. An embedding has only an output, and a convolution's input is not served. Of the
             input only Σx and Σx² where the method asked for "squares" and not for "input".
         fisher: Σ over samples of the squared gradient of W, summed over its rows (in) and over its columns (out).
         magnitudes, scaled_magnitudes: order statistics of all |x_j|, and of all |x_j|·‖W_:j‖.
@@ -195,8 +196,8 @@ class _Watch:
         mine = self.found[layer.name]
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-            x = args[0]
-            rows = self.mask if self.mask is not None and x.shape[:-1] == self.mask.shape else None
+            x, y = args[0], layer.features(y)
+            rows = self.mask if self.mask is not None and y.shape[:-1] == self.mask.shape else None
             if {"input", "squares"} & set(self.needs[layer.name]):
                 self._input(layer, mine, x, rows)
             if "output" in self.needs[layer.name]:

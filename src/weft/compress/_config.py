@@ -20,7 +20,8 @@ class CompressConfig:
         default=0.75, metadata={"help": "share of the targeted matrices' stored bits to keep, above 0, at most 1"}
     )
     include: list[str] | str | None = field(
-        default=None, metadata={"help": "modules to compress: name endings or one regex; none takes every linear layer"}
+        default=None,
+        metadata={"help": "modules to compress: name endings or one regex; none takes all that the method serves"},
     )
     exclude: list[str] | str | None = field(
         default=None, metadata={"help": "modules to leave as they are: name endings or one regex"}

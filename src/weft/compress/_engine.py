@@ -90,7 +90,7 @@ def compress(
     observer: Observer | None = None,
     **options: Any,
 ) -> Compression:
-    """Replace the linear layers of a model by smaller ones, in place.
+    """Replace layers of a model by smaller ones, in place: its linear layers, unless the method serves others too.
 
     Args:
         model: any torch module; a transformers model can then be saved and loaded as usual, with weft imported.
@@ -156,8 +156,7 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
         return None
     job = _Job(model, maker, layers, {}, [], Store(None, {}), _silent)
     sizes = job.choose()
-    kind = maker.kind
-    return [job.row(layer, sizes[layer.name], kind if sizes[layer.name] is not None else None) for layer in layers]
+    return [job.row(layer, sizes[layer.name], maker.kind_of(layer)) for layer in layers]
 
 
 def _settled(model: nn.Module, method: str, options: dict[str, Any]) -> tuple[str, Factoriser[Any], list[Unit]]:

@@ -78,6 +78,10 @@ class Factoriser(ABC, Generic[C]):
         """How many bits of them are read for one token."""
         return self.bits(layer, size)
 
+    def kind_of(self, layer: Any) -> str:
+        """The kind of structured layer that one layer becomes."""
+        return self.kind
+
     def adds_bias(self, layer: Any) -> bool:
         """Whether the replacement has a bias that the layer lacks: a stock model then has no place for it."""
         return False

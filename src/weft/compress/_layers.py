@@ -1,4 +1,4 @@
-"""Which matrices of a model are compressed, and the blocks that they lie in."""
+"""Which layers of a model are compressed, each seen as a matrix, and the blocks that they lie in."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from transformers.pytorch_utils import Conv1D
 from weft.errors import UsageError
 from weft.linear._structured import Structured
 
+LINEAR = (nn.Linear, Conv1D)
+Types = tuple[type[nn.Module], ...]
 _REGEX = re.compile(r"[*+?()\[\]|\\^$]")  # a string with one of these is a regex, any other a name's ending
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer of a model, nn.Linear or transformers' Conv1D, seen as W (out × in)."""
+    """One layer of a model, seen as W (out × in).
+
+    W is the matrix of an nn.Linear or of transformers' Conv1D; an nn.Conv2d's from the numbers under its kernel to one
+    position's channels, out × (in·kh·kw); an nn.Embedding's table transposed, d × n, for which ids are unit vectors.
+    """
 
     name: str
     module: nn.Module
@@ -34,7 +40,7 @@ class Layer:
     def weight(self) -> Tensor:
         """W, out × in, in the model's dtype."""
         w = self.module.weight.detach()  # type: ignore[union-attr,operator]
-        return w.mT if isinstance(self.module, Conv1D) else w
+        return w.mT if isinstance(self.module, Conv1D | nn.Embedding) else w.flatten(1)
 
     @property
     def wide(self) -> Tensor:
@@ -45,6 +51,10 @@ class Layer:
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
+
+    def features(self, y: Tensor) -> Tensor:
+        """What the layer gave, out last."""
+        return y.movedim(-3, -1) if isinstance(self.module, nn.Conv2d) else y
 
     @property
     def out(self) -> int:
@@ -108,11 +118,14 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return best
 
 
-def targets(model: nn.Module, include: list[str] | str | None, exclude: list[str] | str | None) -> list[Layer]:
-    """The linear layers to compress, in the model's order.
+def targets(
+    model: nn.Module, include: list[str] | str | None, exclude: list[str] | str | None, types: Types = LINEAR
+) -> list[Layer]:
+    """The layers of these types to compress, in the model's order.
 
     Left out by themselves: output heads, weights that several modules share, quantised ones, and factors of layers that
-    are compressed already. Raises UsageError, with a list of what there is, where nothing is left.
+    are compressed already; convolutions of many groups, and embeddings that do more than look up. Raises UsageError,
+    with a list of what there is, where nothing is left.
     """
     shared: dict[int, int] = {}
     for parameter in (p for _, p in model.named_parameters(remove_duplicate=False)):
@@ -123,10 +136,11 @@ def targets(model: nn.Module, include: list[str] | str | None, exclude: list[str
     included = matches(include) if include is not None else lambda name: True
     excluded = matches(exclude) if exclude is not None else lambda name: False
     found, there = [], []
+    noun = "linear layer" if types == LINEAR else "layer"
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D) or not name:
+        if type(module) not in types or not name or not _is_a_matrix(module):
             continue
-        weight = module.weight
+        weight: Any = module.weight
         if id(module) in apart or shared.get(id(weight), 0) > 1 or not weight.is_floating_point():
             continue
         there.append(name)
@@ -134,11 +148,17 @@ def targets(model: nn.Module, include: list[str] | str | None, exclude: list[str
             block = next((b for b in places if name.startswith(f"{b}.")), "")
             found.append(Layer(name, module, block))
     if not there:
-        raise UsageError(f"{type(model).__name__} has no linear layer to compress")
+        raise UsageError(f"{type(model).__name__} has no {noun} to compress")
     if not found:
         names = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
-        raise UsageError(f"include={include!r}, exclude={exclude!r} leave no linear layer; there are: {names}")
+        raise UsageError(f"include={include!r}, exclude={exclude!r} leave no {noun}; there are: {names}")
     return found
+
+
+def _is_a_matrix(module: Any) -> bool:
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return not isinstance(module, nn.Conv2d) or module.groups == 1
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:

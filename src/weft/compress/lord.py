@@ -22,15 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
-from weft.algebra.svd import weighted_svd
-from weft.compress._calibration import Statistics
-from weft.compress._config import CalibratedConfig, LowRankConfig
-from weft.compress._factoriser import LowRankFactoriser, Tensors, left_over, moment
-from weft.compress._layers import Layer
-from weft.linear._structured import Structured
-from weft.linear.low_rank import LowRank
+from weft.compress._features import FeatureConfig, FeatureFactoriser
 from weft.registry import Card
 
 CARD = Card(
@@ -44,44 +36,15 @@ CARD = Card(
 
 
 @dataclass
-class LordConfig(CalibratedConfig, LowRankConfig):
+class LordConfig(FeatureConfig):
     """Options of LoRD."""
 
     center: bool = field(default=True, metadata={"help": "keep the output's mean, in a bias of the up layer"})
 
 
-class LordFactoriser(LowRankFactoriser[LordConfig]):
+class LordFactoriser(FeatureFactoriser[LordConfig]):
     """E‖y − y'‖²."""
 
-    def needs(self, layer: Layer) -> tuple[str, ...]:
-        return ("input",) if layer.in_ <= layer.out else ("output",)
-
-    def adds_bias(self, layer: Layer) -> bool:
-        return self.config.center and layer.bias is None
-
-    def bits(self, layer: Layer, size: int) -> int:
-        bias = layer.out if self.adds_bias(layer) else 0
-        return super().bits(layer, size) + bias * layer.weight.element_size() * 8
-
-    def decompose(self, layer: Layer, statistics: Statistics, size: int | None = None) -> Tensors:
-        w, ranks = layer.wide, self.sizes(layer)
-        seen = statistics.input or statistics.output
-        c = moment(seen, self.config.shrink, centred=self.config.center)
-        assert seen is not None
-        if statistics.input is not None:
-            found = weighted_svd(w, right=c, rank=ranks[-1])
-            spectrum, rest, v = found.spectrum, found.rest, found.factors(ranks[-1], split="right")[0]
-            mean = w.double() @ seen.mean
-        else:
-            values, vectors = torch.linalg.eigh(c)
-            spectrum, rest, v = values.flip(0).clamp(min=0).sqrt(), 0.0, vectors.flip(1)[:, : ranks[-1]]
-            mean = seen.mean if layer.bias is None else seen.mean - layer.bias.double()
-        return {"up": v.to(w.dtype), "mean": mean.to(w.dtype), "errors": left_over(spectrum, ranks, rest)}
-
-    def build(self, layer: Layer, tensors: Tensors, size: int) -> Structured:
-        v, bias = tensors["up"][:, :size], layer.bias
-        if self.config.center:
-            mean = tensors["mean"]
-            rest = mean - v @ (v.mT @ mean)
-            bias = rest if bias is None else bias + rest
-        return LowRank.from_factors(v, v.mT @ layer.wide, bias, layer.weight.dtype)
+    @property
+    def centred(self) -> bool:
+        return self.config.center

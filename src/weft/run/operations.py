@@ -69,7 +69,7 @@ def operations(shape: Outline, model: Any, found: dict[str, Calibration]) -> Ope
 
 
 def _reach(model: Any, length: float) -> tuple[dict[str, float], dict[str, float], float]:
-    """Operations a token of a forward pass: up to and with each linear layer, before it, and of the whole model."""
+    """Operations a token of a forward pass: up to and with each layer, before it, and of the whole model."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -82,9 +82,9 @@ def _reach(model: Any, length: float) -> tuple[dict[str, float], dict[str, float
     for name, module in model.named_modules():
         if id(module) in starts:
             total += attention
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D | nn.Conv2d | nn.Embedding):
             before[name] = total
-            total += 2.0 * module.weight.numel()
+            total += 0.0 if isinstance(module, nn.Embedding) else 2.0 * module.weight.numel()
             at[name] = total
     return at, before, total
 
