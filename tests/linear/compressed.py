@@ -19,13 +19,27 @@ SMALL: dict[str, dict[str, Any]] = {
     "dictionary": {"atoms": 9, "nonzeros": 4},
     "block_semi_sparse": {"block_out": 1, "block_in": 1},  # which divide every side
     "rank_aware_sparse": {"rank": 5, "tau": 0.1, "prefill_ratio": 0.999},  # sequences as short as here all run sparse
+    "factored_embedding": {"rank": 3, "mean": True},
+    "low_rank_conv": {"rank": 3},
 }
 FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "low_rank": lambda out, in_: {"rank": min(out, in_)},
     "dictionary": lambda out, in_: {"atoms": min(out, in_), "nonzeros": min(out, in_)},
     "block_semi_sparse": lambda out, in_: {"block_out": out, "block_in": in_, "kept": 4},
     "rank_aware_sparse": lambda out, in_: {"rank": min(out, in_), "tau": 0.1, "prefill_ratio": 0.999},
+    "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
+    "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},
 }
+
+
+def structure(layer: nn.Module, kind: str, **options: Any) -> Structured:
+    """The layer of a kind that stands for a stock one."""
+    weight: Any = layer.weight.detach()
+    if isinstance(layer, nn.Embedding):
+        return kinds()[kind].from_dense(weight, padding_idx=layer.padding_idx, **options)
+    if isinstance(layer, nn.Conv2d):
+        return kinds()[kind].from_dense(weight, layer.bias, like=layer, **options)
+    return kinds()[kind].from_dense(weight.mT if isinstance(layer, Conv1D) else weight, layer.bias, **options)
 
 
 def llama() -> nn.Module:
@@ -70,50 +84,84 @@ def bert() -> nn.Module:
     )
 
 
+def resnet() -> nn.Module:
+    """Convolutions of several sizes and strides, without biases."""
+    return transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            embedding_size=6, hidden_sizes=[6, 10], depths=[1, 1], layer_type="basic", num_labels=5, return_dict=True
+        )
+    )
+
+
+# by name: what makes it, and the endings of what is compressed, the first of them such that nothing is lost
 MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "llama": (llama, ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")),
     "gpt2": (gpt2, ("c_attn", "c_proj")),
     "bert": (bert, ("query", "key", "dense", "classifier")),
+    "bert_words": (bert, ("position_embeddings", "word_embeddings")),
+    "resnet": (resnet, ("shortcut.convolution", "layer.1.convolution", "embedder.convolution")),
 }
 AUTO = {
     "llama": "AutoModelForCausalLM",
     "gpt2": "AutoModelForCausalLM",
     "bert": "AutoModelForSequenceClassification",
+    "bert_words": "AutoModelForSequenceClassification",
+    "resnet": "AutoModelForImageClassification",
 }
+# Every kind in one model: what a model brings with it is nothing to the kinds. One kind meets all of its models.
+CASES = [
+    ("llama", "low_rank"),
+    ("gpt2", "low_rank"),
+    ("bert", "low_rank"),
+    ("gpt2", "dictionary"),
+    ("llama", "block_semi_sparse"),
+    ("bert", "rank_aware_sparse"),
+    ("bert_words", "factored_embedding"),
+    ("resnet", "low_rank_conv"),
+]
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model, dense, whose biases and norms are not what a fresh model has; buffers stay wide, as loaded."""
+    """A model, dense, whose biases and norms are not what a fresh model has; buffers that are not stored stay wide."""
     torch.manual_seed(0)
     model = MODELS[name][0]()
     with torch.no_grad():
         for p in model.parameters():
-            p.data = (p + 0.1 * torch.randn_like(p)).to(dtype)
+            p += 0.1 * torch.randn_like(p)
+        for t in filter(torch.is_floating_point, model.state_dict(keep_vars=True).values()):
+            t.data = t.data.to(dtype)
     return model.eval()
 
 
-def compress(model: Any, endings: Iterable[str], kind: str, **options: Any) -> Any:
-    """Put structured layers of a kind in place of the linear layers with these names, and make the model save them."""
+def compress(model: Any, endings: Iterable[str], kind: str, options: Callable[[int, int], dict[str, Any]]) -> Any:
+    """Put structured layers of a kind in place of the layers with these names, and make the model save them.
+
+    The options follow from the weight's sides, seen as a matrix.
+    """
     for name, layer in list(model.named_modules()):
         if name.endswith(tuple(f".{e}" for e in endings)) or name in endings:
-            weight = layer.weight.detach()
-            made = kinds()[kind].from_dense(weight.mT if isinstance(layer, Conv1D) else weight, layer.bias, **options)
-            model.set_submodule(name, made)
+            model.set_submodule(name, structure(layer, kind, **options(*layer.weight.flatten(1).shape)))
     return attach_format(model).eval()
 
 
 def compressed(name: str, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of each family with small structured layers, and square ones whose factors are as large as W."""
+    """A model of each family with small structured layers, and others whose factors are as large as W or larger."""
     model, (first, *others) = make(name, dtype), MODELS[name][1]
-    width = model.config.hidden_size
-    return compress(compress(model, others, kind, **SMALL[kind]), [first], kind, **FULL[kind](width, width))
+    return compress(compress(model, others, kind, lambda *sides: SMALL[kind]), [first], kind, FULL[kind])
+
+
+def inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Two sequences, or two images."""
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16).to(model.dtype)}
+    tokens = torch.arange(14).reshape(2, 7) * 5 % 31
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    """Outputs for two fixed sequences; of a base model its hidden states."""
-    tokens = torch.arange(14).reshape(2, 7) * 5 % 31
-    found = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    """Outputs for two fixed inputs; of a base model its hidden states."""
+    found = model(**inputs(model))
     return found["logits"] if "logits" in found else found["last_hidden_state"]
 
 

@@ -74,7 +74,7 @@ def test_places_are_stored_in_what_is_shorter(k, s, bits):
     layer = made(7, 5, k, s)
     assert stored_bits(layer) == 64 * (5 * k + 7 * s) + 7 * bits
     assert layer.support.numel() * layer.support.element_size() * 8 == 7 * bits
-    again = empty(layer.spec(), 5, 7, dtype=torch.float64)
+    again = empty(layer.spec(), torch.nn.Linear(5, 7, dtype=torch.float64))
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again.places.long(), codes(7, k, s)[0])
 

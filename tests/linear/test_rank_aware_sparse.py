@@ -95,7 +95,7 @@ def test_where_nearly_all_is_active_nothing_is_gathered(monkeypatch):
 def test_bfloat16_errs_at_most_twice_as_much_as_the_dense_product(gathering, gathers, tau):
     w, b = drawn(24, 18), drawn(24, seed=1)
     wide = RankAwareSparse.from_dense(w, b, rank=5, tau=tau)
-    layer = empty(wide.spec(), 18, 24, dtype=torch.bfloat16)
+    layer = empty(wide.spec(), nn.Linear(18, 24, dtype=torch.bfloat16))
     layer.load_state_dict(wide.state_dict())
     x = drawn(200, 1, 18, seed=2).bfloat16()
     with torch.no_grad():

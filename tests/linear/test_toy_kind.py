@@ -1,16 +1,18 @@
-"""A kind is one file: dropped into a copy of the package, it is found, saved and loaded."""
+"""A kind is one file: dropped into the folder, it is found, saved and loaded."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import compressed
 import pytest
-import tiny
+import torch
+import transformers
 
-import weft
+import weft.linear
+from weft.linear._structured import kinds, stored_bits
+from weft.linear._transformers import save_compressed, to_dense
 
 # whole numbers in a buffer, a scale that is trained, and a buffer that is not stored
 TOY = '''"""Rounded rows: whole numbers of eight bits and a scale for each row."""
@@ -20,10 +22,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from weft.linear._structured import Structured
+from weft.linear._structured import StructuredLinear
 
 
-class RoundedRows(Structured):
+class RoundedRows(StructuredLinear):
     """W = diag(s)·codes."""
 
     def __init__(self, in_features, out_features, *, steps=127, bias=False, device=None, dtype=None):
@@ -63,43 +65,25 @@ class RoundedRows(Structured):
         return self.scale[:, None] * self.codes
 '''
 
-CODE = """
-import sys, torch
-sys.path[:0] = TESTS
-import compressed, transformers, weft
-from weft.linear._structured import kinds, stored_bits
-from weft.linear._transformers import save_compressed, to_dense
-assert {"low_rank", "rounded_rows"} <= set(kinds()), kinds()
-for dtype in (torch.float32, torch.bfloat16):
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kind_in_one_file(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "rounded_rows.py").write_text(TOY, encoding="utf-8")
+    monkeypatch.setattr(weft.linear, "__path__", [*weft.linear.__path__, str(tmp_path / "more")])  # as if it lay there
+    monkeypatch.delitem(sys.modules, "weft.linear.rounded_rows", raising=False)
+    assert {"low_rank", "rounded_rows"} <= set(kinds())
     model = compressed.make("bert", dtype)
     before = compressed.logits(model)
-    compressed.compress(model, ["query", "dense"], "rounded_rows", steps=100)
+    compressed.compress(model, ["query", "dense"], "rounded_rows", lambda *sides: {"steps": 100})
     expected = compressed.logits(model)
     assert 0 < (expected - before).norm() < 0.2 * before.norm()
     layer = model.bert.encoder.layer[0].output.dense
     assert stored_bits(layer) == 18 * 29 * 8 + 18 * 8 * layer.scale.element_size()
-    save_compressed(model, f"out-{dtype}")
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(f"out-{dtype}")
+    save_compressed(model, tmp_path / "out")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     layer = again.bert.encoder.layer[0].output.dense
-    assert layer.spec() == {"kind": "rounded_rows", "version": 1, "steps": 100, "bias": True}, layer.spec()
+    assert layer.spec() == {"kind": "rounded_rows", "version": 1, "steps": 100, "bias": True}
     assert layer.codes.dtype == torch.int8 and layer.scale.dtype == layer.weight.dtype == dtype
     assert torch.equal(compressed.logits(again), expected)
     assert torch.allclose(compressed.logits(to_dense(again)), expected)
-print("done")
-"""
-
-
-@pytest.mark.slow
-def test_a_kind_in_one_file(tmp_path: Path) -> None:
-    package = tmp_path / "package" / "weft"
-    shutil.copytree(Path(weft.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "linear" / "rounded_rows.py").write_text(TOY, encoding="utf-8")
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", CODE.replace("TESTS", repr([str(here), str(here.parent)]))],
-        cwd=tmp_path,
-        env=tiny.environment(PYTHONPATH=str(tmp_path / "package")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-3000:]

@@ -14,17 +14,17 @@ import pytest
 import tiny
 import torch
 import transformers
-from compressed import AUTO, MODELS, logits, make, structured
+from compressed import AUTO, CASES, MODELS, inputs, logits, make, structured
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weft
-from weft.linear._structured import kinds, stored_bits
+from weft.linear._structured import StructuredLinear, kinds, stored_bits
 from weft.linear._transformers import attach_format, save_compressed, to_dense, whole_folder
+from weft.linear.factored_embedding import FactoredEmbedding
 from weft.linear.low_rank import LowRank
 
 WORKER = Path(__file__).with_name("reload_worker.py")
-KINDS = sorted(kinds())
 
 
 def loaders(name: str) -> tuple[str, str, str]:
@@ -37,15 +37,14 @@ def load(folder: Path, name: str, loader: int = 1, **kwargs):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """Every model with every kind, saved."""
+    """Every case, saved."""
     folders = {}
-    for name in MODELS:
-        for kind in KINDS:
-            folder = folders[name, kind] = tmp_path_factory.mktemp("saved") / f"{name}-{kind}"
-            model = compressed.compressed(name, kind)
-            save_compressed(model, folder)
-            expected = {"logits": logits(model), "last_hidden_state": logits(model.base_model)}
-            save_file(expected, folder / "expected.st")
+    for name, kind in CASES:
+        folder = folders[name, kind] = tmp_path_factory.mktemp("saved") / f"{name}-{kind}"
+        model = compressed.compressed(name, kind)
+        save_compressed(model, folder)
+        expected = {"logits": logits(model), "last_hidden_state": logits(model.base_model)}
+        save_file(expected, folder / "expected.st")
     return folders
 
 
@@ -60,34 +59,26 @@ def resaved(saved, tmp_path_factory) -> dict[tuple[str, str], Path]:
     return folders
 
 
-@pytest.fixture(params=[(n, k) for n in MODELS for k in KINDS], ids="-".join)
+@pytest.fixture(params=CASES, ids="-".join)
 def case(request) -> tuple[str, str]:
     return request.param
 
 
-def outcomes(how: str, *families: dict[tuple[str, str], Path]) -> dict[str, str]:
-    """What a new process meets with every loader, with weft imported or without."""
-    jobs = [(str(f), loader) for family in families for (name, _), f in family.items() for loader in loaders(name)]
+def test_every_kind_and_every_model_is_among_the_cases():
+    assert {kind for _, kind in CASES} == set(kinds()) and {name for name, _ in CASES} == set(MODELS)
+
+
+@pytest.mark.slow
+def test_a_new_process_loads_it_by_every_class_bit_for_bit_and_without_weft_by_none(saved):
+    jobs = [(str(folder), loader) for (name, _), folder in saved.items() for loader in loaders(name)]
     done = subprocess.run(
-        [sys.executable, str(WORKER), how, json.dumps(jobs)], env=tiny.environment(), capture_output=True, text=True
+        [sys.executable, str(WORKER), json.dumps(jobs)], env=tiny.environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert ("weft" in told["loaded"]) == (how == "with")
-    assert len(told["found"]) == len(jobs)
-    return told["found"]
-
-
-@pytest.mark.slow
-def test_a_new_process_loads_it_by_every_class_bit_for_bit(saved, resaved):
-    found = outcomes("with", saved, resaved)
-    assert set(found.values()) == {"equal"}, found
-
-
-@pytest.mark.slow
-def test_without_weft_every_class_raises(saved, resaved):
-    found = outcomes("without", saved, resaved)
-    assert all(value.startswith("RuntimeError") for value in found.values()), found
+    without, told = json.loads(done.stdout.splitlines()[-1])
+    assert len(without) == len(told) == len(jobs)
+    assert all(value.startswith("RuntimeError") for value in without.values()), without
+    assert set(told.values()) == {"equal"}, told
 
 
 def test_the_second_save_is_the_first(saved, resaved, case):
@@ -105,14 +96,15 @@ def test_the_config_names_modules_as_the_base_model_does(saved, case):
     model = make(name)
     whole, base = dict(model.named_modules()), dict(model.base_model.named_modules())
     assert set(told["modules"]) <= set(base) | {"classifier"} and told["modules"]
-    assert all(spec["kind"] == kind and spec["bias"] == (name != "llama") for spec in told["modules"].values())
+    assert {spec["kind"] for spec in told["modules"].values()} == {kind}
+    assert {spec.get("bias", False) for spec in told["modules"].values()} == {name in ("gpt2", "bert")}
     assert ("classifier" in told["modules"]) == (name == "bert") and "classifier" in (set(whole) | {"classifier"})
 
 
 def test_shards(saved, case, tmp_path):
     name, _ = case
     model = load(saved[case], name)
-    save_compressed(model, tmp_path / "out", max_shard_size="4KB")
+    save_compressed(model, tmp_path / "out", max_shard_size="2KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     assert torch.equal(logits(load(tmp_path / "out", name)), logits(model))
 
@@ -134,7 +126,7 @@ def test_a_missing_tensor_is_an_error(saved, case, of, tmp_path):
     own = {key for key, t in layer.state_dict(keep_vars=True).items() if (t is layer.bias) == (of == "bias")}
     own = {key for key in own if of == "bias" or (key == "weight") == (of == "marker")}
     if not own:
-        assert of == "bias" and case[0] == "llama"
+        assert of == "bias" and case[0] in ("llama", "bert_words", "resnet")
         return
     del tensors[f"{name}.{min(own)}"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -151,7 +143,7 @@ def test_a_missing_tensor_is_an_error(saved, case, of, tmp_path):
         (lambda c: c["modules"]["layers.0.mlp.up_proj"].update(kind="low_rang"), "layers.0.mlp.up_proj: unknown kind"),
         (lambda c: c["modules"]["layers.0.mlp.up_proj"].update(version=9), "version 9 here, and this weft reads up to"),
         (lambda c: c["modules"].update({"layers.7.mlp.up_proj": {}}), "layers.7.mlp.up_proj, which LlamaFor"),
-        (lambda c: c["modules"].update({"norm": {"kind": "low_rank"}}), "norm as.*but it is a LlamaRMSNorm"),
+        (lambda c: c["modules"].update({"norm": {"kind": "low_rank"}}), "norm: a low.*, but it is a LlamaRMSNorm"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused_by_name(saved, change, said, tmp_path):
@@ -198,11 +190,11 @@ def test_trainer_trains_every_weight_and_saves_it(saved, case, tmp_path):
     name, _ = case
     model = load(saved[case], name)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    tokens = torch.randint(3, 31, (8, 7), generator=torch.Generator().manual_seed(0))
-    labels = tokens if name != "bert" else tokens[:, 0] % 5
-    rows = [{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": y} for t, y in zip(tokens, labels)]
+    rows = [{key: t[0] for key, t in inputs(model).items()}, {key: t[1] for key, t in inputs(model).items()}]
+    for at, row in enumerate(rows):
+        row["labels"] = row["input_ids"] if name in ("llama", "gpt2") else torch.tensor(at)
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[]
+        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to=[]
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
     trainer.train()
@@ -228,7 +220,10 @@ def test_it_is_copied_and_compiled(saved, case):
     model = load(saved[case], case[0])
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
     layer = next(iter(structured(model).values()))
-    x = torch.randn(3, layer.in_features)
+    if case[0] == "resnet":
+        x = inputs(model)["pixel_values"]
+    else:
+        x = torch.arange(6) if case[0] == "bert_words" else torch.randn(3, layer.in_features)
     assert torch.allclose(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x), atol=1e-6)
 
 
@@ -256,10 +251,19 @@ def adapted(model, config, seed: int = 0):
     return model.eval()
 
 
+LORA = [case for case in CASES if case[1] != "low_rank_conv"]  # PEFT refuses it
+
+
 def configs(name: str) -> list:
     import peft
 
-    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"], "bert": ["query", "output.dense"]}[name]
+    targets = {
+        "llama": ["q_proj", "down_proj"],
+        "gpt2": ["c_attn"],
+        "bert": ["query", "output.dense"],
+        "bert_words": ["word_embeddings"],
+        "resnet": ["layer.1.convolution"],
+    }[name]
     lora = peft.LoraConfig(r=2, target_modules=targets)
     return [lora, weft.SoraConfig(r=2, target_modules=targets), weft.SvfitConfig(target_modules=targets)]
 
@@ -270,8 +274,12 @@ def test_adapters_on_whole_structured_layers(saved, case, which, tmp_path):
 
     name, kind = case
     config = configs(name)[["lora", "sora", "svfit"].index(which)]
-    layers = structured(load(saved[case], name))
-    if which == "svfit" and not all(layer.linear for layer in layers.values()):
+    layer = next(iter(structured(load(saved[case], name)).values()))
+    if kind == "low_rank_conv" and which == "lora":
+        with pytest.raises(ValueError, match=r"(?s)Target module LowRankConv.* is not supported"):
+            adapted(load(saved[case], name), config)
+        return
+    if (which == "svfit" and not layer.linear) or (which != "lora" and not isinstance(layer, StructuredLinear)):
         with pytest.raises(weft.UsageError, match=kind):
             adapted(load(saved[case], name), config)
         return
@@ -280,13 +288,14 @@ def test_adapters_on_whole_structured_layers(saved, case, which, tmp_path):
     assert (logits(model) - logits(base)).norm() > 1e-3 * logits(base).norm()
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base))
-    model.train()(input_ids=torch.tensor([[3, 4, 5]]))[0].sum().backward()
+    model(**inputs(model))[0].sum().backward()
     assert not any(p.grad is not None for key, p in model.named_parameters() if ".base_layer." in key)
     model.eval().save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("case", LORA, ids="-".join)
 def test_transformers_own_adapters(saved, case, tmp_path):
     name, _ = case
     model, config = load(saved[case], name), configs(name)[0]
@@ -307,24 +316,35 @@ def test_transformers_own_adapters(saved, case, tmp_path):
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("case", LORA, ids="-".join)
 def test_an_adapter_is_the_dense_update(saved, case):
-    """y = structured(x) + s·x·Aᵀ·Bᵀ, written out."""
+    """y = structured(x) + s·x·Aᵀ·Bᵀ, written out; of an embedding, x has a one for each id."""
     name, _ = case
     model = adapted(load(saved[case], name), configs(name)[0])
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer"))
-    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    expected = layer.base_layer(x).double() + layer.scaling["default"] * (x.double() @ a.double().T @ b.double().T)
+    draw = torch.Generator().manual_seed(0)
+    if name == "bert_words":
+        x = torch.arange(31)
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        update = torch.eye(31).double() @ a.double().T @ b.double().T
+    else:
+        x = torch.randn(3, layer.in_features, generator=draw)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        update = x.double() @ a.double().T @ b.double().T
+    base = layer.base_layer(x).double()
+    expected = base + layer.scaling["default"] * update.view(base.shape)
     assert torch.allclose(layer(x).double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", LORA, ids="-".join)
 def test_merging_into_a_structured_layer_is_refused(saved, case):
     name, kind = case
-    model = adapted(load(saved[case], name), configs(name)[1])
-    before = logits(model)
-    with pytest.raises(weft.UsageError, match=f"is stored as {kind}, which cannot take"):
-        model.merge_adapter()
-    assert torch.equal(logits(model), before)
+    if isinstance(next(iter(structured(load(saved[case], name)).values())), StructuredLinear):
+        model = adapted(load(saved[case], name), configs(name)[1])
+        before = logits(model)
+        with pytest.raises(weft.UsageError, match=f"is stored as {kind}, which cannot take"):
+            model.merge_adapter()
+        assert torch.equal(logits(model), before)
     with pytest.raises(RuntimeError):  # PEFT's own finds no matrix to add to
         adapted(load(saved[case], name), configs(name)[0]).merge_and_unload()
 
@@ -418,6 +438,13 @@ def test_a_tied_head_must_stay_dense():
     model = make("llama")
     model.lm_head = LowRank.from_dense(model.lm_head.weight, rank=3)
     with pytest.raises(weft.UsageError, match="lm_head is tied to model.embed_tokens.weight"):
+        attach_format(model)
+
+
+def test_an_embedding_that_is_tied_to_a_head_must_stay_dense():
+    model = make("llama")
+    model.model.embed_tokens = FactoredEmbedding.from_dense(model.model.embed_tokens.weight, rank=3)
+    with pytest.raises(weft.UsageError, match="embed_tokens is tied to lm_head.weight"):
         attach_format(model)
 
 

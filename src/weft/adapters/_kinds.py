@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.adapters._quantised import backend_of
 from weft.errors import UsageError
+from weft.linear._structured import Structured
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ def kind_of(layer: nn.Module, name: str) -> Linear:
     """The kind of a module. Raises UsageError that names what can be adapted."""
     if backend_of(layer) is not None:
         return QuantisedLinear()
+    if isinstance(layer, Structured):
+        raise UsageError(f"{name} is stored as {layer.kind}, which no adapter of weft's serves: leave it out")
     weight = getattr(layer, "weight", None)
     foreign = type(weight).__module__.startswith("torchao")
     if isinstance(weight, Tensor) and (foreign or not weight.is_floating_point() or weight.element_size() == 1):

@@ -17,7 +17,7 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 
 from weft.errors import UsageError
-from weft.linear._structured import Structured
+from weft.linear._structured import StructuredLinear
 
 
 def is_plain(tensor: Any) -> bool:
@@ -41,7 +41,7 @@ def backend_of(layer: nn.Module, requantise: Callable[[], Any] | None = None) ->
     `requantise` gives torchao's configuration, which a model that transformers loaded remembers. Where it is not known,
     the weight can be read and not written.
     """
-    if isinstance(layer, Structured):
+    if isinstance(layer, StructuredLinear):
         return StructuredBackend()
     if not hasattr(layer, "in_features") or (isinstance(layer, nn.Linear) and is_plain(layer.weight)):
         return None
@@ -82,7 +82,7 @@ def check_merge(layer: nn.Module, backend: QuantizationBackend, name: str) -> No
     """Raise UsageError where the library cannot take a new weight."""
     if backend.supports_merge:
         return
-    if isinstance(layer, Structured):
+    if isinstance(layer, StructuredLinear):
         raise UsageError(f"{name} is stored as {layer.kind}, which cannot take another weight: keep the adapter apart")
     how = (
         "the model does not say how: load it with transformers' TorchAoConfig"

@@ -1,8 +1,9 @@
-"""What every way of storing a matrix has in common: a layer that multiplies by it, its description, and its size.
+"""What every way of storing a weight has in common: a layer that stands for a stock one, its description, and its size.
 
 A kind is one file of this folder: `low_rank.py` defines `LowRank`, and `{"kind": "low_rank"}` in a model's config.json
 means it. Files are found by walking the folder. A kind defines its constructor, `from_dense`, `options`, `forward` and
-`dense`; what is trained are its Parameters, what is stored besides are its persistent buffers.
+`dense`; what is trained are its Parameters, what is stored besides are its persistent buffers. Most kinds stand for a
+linear layer, a `StructuredLinear`; any other says in `geometry` what it stands for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,66 @@ import weft.linear
 from weft.errors import UsageError, nearest
 from weft.registry import class_name
 
+M = TypeVar("M", bound=nn.Module)
 
-# torchao takes every nn.Linear by its weight except this one, and so comes to the factors inside
-class Structured(NonDynamicallyQuantizableLinear):
-    """y = x·Wᵀ + b with W (out × in) stored in some other form than a matrix.
 
-    PEFT, weft's adapters and stock models meet an nn.Linear, all but its weight: `weight` is a stored tensor without
-    elements. It has the dtype and the device that are asked of a weight, and no shape that a matrix could have, so that
-    whoever takes it for the matrix (a transformers that loads the checkpoint without weft, a merge) fails.
+class Structured(nn.Module):
+    """A layer whose weight is stored in some other form than that of the stock layer in whose place it stands.
+
+    Where it can be it is of the stock layer's class: PEFT, weft's adapters and stock models meet an nn.Linear or an
+    nn.Embedding, all but its weight. `weight` is a stored tensor without elements. It has the dtype and the device that
+    are asked of a weight, and no shape that a weight could have, so that whoever takes it for one (a transformers that
+    loads the checkpoint without weft, a merge) fails.
     """
 
+    kind: ClassVar[str]  # the file's name
     version: ClassVar[int] = 1  # of the stored form
-    linear: ClassVar[bool] = True  # whether a matrix describes it
+    linear: ClassVar[bool] = True  # whether a weight describes it
+    weight: Tensor
+    bias: nn.Parameter | None = None  # b (out), of the kinds that have one, wherever they keep it
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.kind = cls.__module__.rpartition(".")[2]
+
+    def __init__(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    @classmethod
+    def geometry(cls, stock: nn.Module) -> dict[str, Any]:
+        """What its constructor takes over from the stock layer in whose place it stands, by keyword.
+
+        Raises UsageError where it cannot stand for such a layer.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define geometry")
+
+    def options(self) -> dict[str, Any]:
+        """The kind's own keywords of its constructor, as JSON has them."""
+        return {}
+
+    def spec(self) -> dict[str, Any]:
+        """What config.json says of the layer; `empty` reads it."""
+        return {"kind": self.kind, "version": self.version, **self.options()}
+
+    def dense(self) -> Tensor:
+        """The stock layer's weight, rounded once to the layer's dtype.
+
+        Raises UsageError where no weight describes the layer.
+        """
+        raise UsageError(f"a layer of kind {self.kind} is no linear map, so it has no dense weight")
+
+    def derive(self) -> None:
+        """Compute what is not stored, the buffers that are not persistent, after the rest was loaded."""
+
+    def extra_repr(self) -> str:
+        own = [f"{name}={value}" for name, value in self.options().items()]
+        return ", ".join(filter(None, [super().extra_repr(), *own]))
+
+
+# torchao takes every nn.Linear by its weight except this one, and so comes to the factors inside
+class StructuredLinear(Structured, NonDynamicallyQuantizableLinear):
+    """y = x·Wᵀ + b with W (out × in) stored in some other form than a matrix."""
 
     def __init__(
         self,
@@ -44,38 +93,22 @@ class Structured(NonDynamicallyQuantizableLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__(device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
-    @property
-    def kind(self) -> str:
-        """The file's name."""
-        return type(self).__module__.rpartition(".")[2]
+    @classmethod
+    def geometry(cls, stock: nn.Module) -> dict[str, Any]:
+        if not isinstance(stock, nn.Linear):
+            raise UsageError(f"a {cls.kind} layer stands for a Linear, but it is a {type(stock).__name__}")
+        return {"in_features": stock.in_features, "out_features": stock.out_features}
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         """b (out), wherever the kind keeps it."""
         raise NotImplementedError(f"{type(self).__name__} must define bias")
 
-    def options(self) -> dict[str, Any]:
-        """The kind's own keywords of its constructor, as JSON has them."""
-        return {}
-
     def spec(self) -> dict[str, Any]:
-        """What config.json says of the layer; `empty` reads it."""
-        return {"kind": self.kind, "version": self.version, **self.options(), "bias": self.bias is not None}
-
-    def dense(self) -> Tensor:
-        """W (out × in), rounded once to the layer's dtype. Raises UsageError where no matrix describes the layer."""
-        raise UsageError(f"a layer of kind {self.kind} is no linear map, so it has no dense weight")
-
-    def derive(self) -> None:
-        """Compute what is not stored, the buffers that are not persistent, after the rest was loaded."""
-
-    def extra_repr(self) -> str:
-        own = "".join(f", {name}={value}" for name, value in self.options().items())
-        return super().extra_repr() + own
+        return {**super().spec(), "bias": self.bias is not None}
 
 
 def kinds() -> dict[str, type[Structured]]:
@@ -91,14 +124,11 @@ def _kind(name: str) -> type[Structured]:
     return getattr(importlib.import_module(f"weft.linear.{name}"), class_name(name, ""))
 
 
-def empty(
-    spec: dict[str, Any],
-    in_features: int,
-    out_features: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Structured:
-    """The layer that a spec describes, without values. Raises UsageError where this weft does not know such a layer."""
+def empty(spec: dict[str, Any], stock: nn.Module) -> Structured:
+    """The layer that a spec describes, without values, for the place of a stock one; on its device, in its dtype.
+
+    Raises UsageError where this weft does not know such a layer, or it cannot stand there.
+    """
     options = dict(spec)
     name, version = options.pop("kind", None), options.pop("version", 1)
     if name not in _names():
@@ -106,11 +136,20 @@ def empty(
     kind = _kind(name)
     if version > kind.version:
         raise UsageError(f"{name} has version {version} here, and this weft reads up to {kind.version}: upgrade weft")
+    geometry = kind.geometry(stock)
     try:
-        inspect.signature(kind).bind(in_features, out_features, **options)
+        inspect.signature(kind).bind(**geometry, **options)
     except TypeError as error:
         raise UsageError(f"{name}: {error}") from error
-    return kind(in_features, out_features, **options, device=device, dtype=dtype)
+    weight: Any = stock.weight
+    return kind(**geometry, **options, device=weight.device, dtype=weight.dtype)
+
+
+def check_rank(rank: int, out: int, in_: int, least: int = 0) -> int:
+    """rank, or UsageError where a matrix of out × in has no such rank."""
+    if not least <= rank <= min(out, in_):
+        raise UsageError(f"rank={rank}: a matrix of {out} × {in_} has {least} to {min(out, in_)}")
+    return rank
 
 
 def bare_linear(
@@ -123,7 +162,12 @@ def bare_linear(
     """An nn.Linear without values: a dense factor of some kind. Draws no random numbers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a factor of rank 0
-        return skip_init(nn.Linear, in_features, out_features, bias=bias, device=device or "cpu", dtype=dtype)
+        return bare(nn.Linear, in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+
+def bare(stock: type[M], *sizes: Any, device: torch.device | str | None = None, **options: Any) -> M:
+    """A stock layer without values. Draws no random numbers."""
+    return skip_init(stock, *sizes, device=device or "cpu", **options)
 
 
 def stored_bits(layer: nn.Module, *, bias: bool = False) -> int:

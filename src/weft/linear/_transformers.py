@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from weft.errors import UsageError, WeftError
-from weft.linear._structured import Structured, empty
+from weft.linear._structured import Structured, bare_linear, empty
 
 FORMAT = 1
 Specs = dict[str, dict[str, Any]]
@@ -69,11 +69,12 @@ class WeftQuantizer(HfQuantizer):
                     raise UsageError(f"config.json describes {name}, which {type(model).__name__} does not have")
                 continue  # a head's, and the model has another head or none
             old = model.get_submodule(found)
-            out, in_ = _shape(old, found)
             try:
-                layer = empty(spec, in_, out, old.weight.device, old.weight.dtype)
+                layer = empty(spec, _plain(old))
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
+            # else transformers draws values for the weight that it has not
+            layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(found, layer.train(old.training))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -130,13 +131,12 @@ def _resolve(model: Any, name: str) -> str | None:
     return None
 
 
-def _shape(layer: nn.Module, name: str) -> tuple[int, int]:
-    """out × in of a stock linear layer."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[1], layer.weight.shape[0]
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    raise UsageError(f"config.json describes {name} as a structured layer, but it is a {type(layer).__name__}")
+def _plain(layer: nn.Module) -> nn.Module:
+    """torch's word for a stock layer: a Conv1D is a linear layer whose weight lies the other way."""
+    if not isinstance(layer, Conv1D):
+        return layer
+    in_, out = layer.weight.shape
+    return bare_linear(in_, out, True, layer.weight.device, layer.weight.dtype)
 
 
 def attach_format(model: Any) -> Any:
@@ -212,8 +212,8 @@ def to_dense(model: Any) -> Any:
         place: Any = places[name]
         dense = layer.dense()
         place.weight = nn.Parameter((dense.mT if isinstance(place, Conv1D) else dense).contiguous())
-        if place.bias is not None:
-            bias = dense.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
+        if getattr(place, "bias", None) is not None:
+            bias = dense.new_zeros(place.bias.shape) if layer.bias is None else layer.bias.detach().clone()
             place.bias = nn.Parameter(bias)
         model.set_submodule(name, place.train(layer.training))
     if isinstance(getattr(model, "hf_quantizer", None), WeftQuantizer):

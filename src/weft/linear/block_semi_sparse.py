@@ -26,10 +26,10 @@ from torch.nn.functional import linear
 
 from weft.algebra.bits import pack, unpack
 from weft.errors import UsageError
-from weft.linear._structured import Structured
+from weft.linear._structured import StructuredLinear
 
 
-class BlockSemiSparse(Structured):
+class BlockSemiSparse(StructuredLinear):
     """W = A·C·B."""
 
     bits: Tensor

@@ -27,14 +27,14 @@ from weft.algebra.bits import pack, unpack
 from weft.algebra.random import generator
 from weft.algebra.sparse_coding import ksvd, spread
 from weft.errors import UsageError, WeftError
-from weft.linear._structured import Structured, bare_linear
+from weft.linear._structured import StructuredLinear, bare_linear
 
 TILE = 256  # outputs for which S is written out at a time: few enough to stay near the processor
 FEW = 64  # rows up to which the sparse product of a processor is faster
 SPARSE = torch.backends.mkl.is_available()  # whether there is one
 
 
-class Dictionary(Structured):
+class Dictionary(StructuredLinear):
     """W = (D·S)ᵀ."""
 
     support: Tensor

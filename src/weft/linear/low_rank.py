@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from weft.algebra.svd import svd_top
-from weft.errors import UsageError
-from weft.linear._structured import Structured, bare_linear
+from weft.linear._structured import StructuredLinear, bare_linear, check_rank
 
 
-class LowRank(Structured):
+class LowRank(StructuredLinear):
     """W = B·A."""
 
     def __init__(
@@ -31,11 +30,7 @@ class LowRank(Structured):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, device=device, dtype=dtype)
-        if not 0 <= rank <= min(in_features, out_features):
-            raise UsageError(
-                f"rank={rank}: a matrix of {out_features} × {in_features} has 0 to {min(in_features, out_features)}"
-            )
-        self.rank = rank
+        self.rank = check_rank(rank, out_features, in_features)
         self.down = bare_linear(in_features, rank, False, device, dtype)
         self.up = bare_linear(rank, out_features, bias, device, dtype)
 

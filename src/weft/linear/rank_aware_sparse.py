@@ -38,7 +38,7 @@ from torch.nn import functional
 
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
-from weft.linear._structured import Structured, bare_linear
+from weft.linear._structured import StructuredLinear, bare_linear, check_rank
 
 _NUMBERS = 1 << 22  # of a matrix, below which finding what is active costs more than reading everything
 _SHARE = 0.75  # of the columns, beyond which there is little to leave out
@@ -62,7 +62,7 @@ def reads(out: int, in_: int, active: N, rank: int) -> N:
     return active * out + rank * (in_ + out)
 
 
-class RankAwareSparse(Structured):
+class RankAwareSparse(StructuredLinear):
     """W for inputs above a threshold, B·A for the rest."""
 
     linear = False
@@ -81,13 +81,9 @@ class RankAwareSparse(Structured):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, device=device, dtype=dtype)
-        if not 0 <= rank <= min(in_features, out_features):
-            raise UsageError(
-                f"rank={rank}: a matrix of {out_features} × {in_features} has 0 to {min(in_features, out_features)}"
-            )
         if not 0 <= prefill_ratio <= 1:
             raise UsageError(f"prefill_ratio={prefill_ratio}: a share of a sequence's tokens, 0 to 1")
-        self.rank, self.prefill_ratio = rank, prefill_ratio
+        self.rank, self.prefill_ratio = check_rank(rank, out_features, in_features), prefill_ratio
         self.columns = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
         self.down = bare_linear(in_features, rank, False, device, dtype)
         self.up = bare_linear(rank, out_features, False, device, dtype)
