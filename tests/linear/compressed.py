@@ -108,6 +108,8 @@ AUTO = {
     "bert_words": "AutoModelForSequenceClassification",
     "resnet": "AutoModelForImageClassification",
 }
+# what stands for a layer; what holds layers, and makes them narrow, is tried in tests/compress
+KINDS = sorted(name for name, kind in kinds().items() if kind.opaque)
 # Every kind in one model: what a model brings with it is nothing to the kinds. One kind meets all of its models.
 CASES = [
     ("llama", "low_rank"),
