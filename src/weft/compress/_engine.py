@@ -159,8 +159,7 @@ def plan(model: nn.Module, method: str, **options: Any) -> list[Row] | None:
         return None
     job = _Job(model, maker, layers, {}, [], Store(None, {}), _silent)
     sizes = job.choose()
-    kind = maker.kind
-    return [job.row(layer, sizes[layer.name], kind if sizes[layer.name] is not None else None) for layer in layers]
+    return [job.row(layer, sizes[layer.name], maker.kind_of(layer)) for layer in layers]
 
 
 def _settled(model: nn.Module, method: str, options: dict[str, Any]) -> tuple[str, Factoriser[Any], Sequence[Unit]]:
