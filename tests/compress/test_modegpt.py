@@ -272,6 +272,19 @@ def test_another_attention_is_refused_by_name():
         weft.compress(gpt2(), "modegpt", data=batches(gpt2()))
 
 
+@every_family
+def test_padding_does_not_count(family):
+    """OPT's MLP receives all tokens of a batch as one dimension."""
+    model = family_model(family)
+    data = batches(model)
+    parts = [part for pair in factoriser("modegpt", weft.ModegptConfig()).units(model) for part in pair.parts]
+    down = next(part for part in parts if part.name.endswith(("down_proj", "fc2")))
+    z = seen(model, down.name, data)
+    moments = calibrate(model, [Corpus(data)], [down], {down.name: ("input",)})[down.name].input
+    assert moments.n == len(z) == sum(int(batch["attention_mask"].sum()) for batch in data)
+    assert torch.allclose(moments.second_moment, z.T @ z / len(z), rtol=1e-9)
+
+
 def test_dead_units_go_first():
     c = torch.diag(torch.tensor([3.0, 0.0, 1.0, 0.0, 2.0], dtype=torch.float64))
     assert leverage_order(c, 0.01).tolist() == [0, 4, 2, 1, 3]
