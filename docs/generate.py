@@ -51,6 +51,7 @@ RECIPE = {
 }
 REASONS = {
     "exports": "why it leaves so",
+    "groups": "why not one layer after the other",
     "file": "what its file carries beside what is trained",
     "init_drift": "why not zero",
     "warm_steps": "why it takes so long",
@@ -197,8 +198,9 @@ def _facts(card: weft.Card) -> str:
     if card.pillar == "compress":
         from weft.compress._factoriser import factoriser
 
-        kind = factoriser(card.slug, weft.config_class(card.slug)()).kind
-        facts = [["each linear layer becomes", f"`{kind}`"], ["it needs", ", ".join(card.needs) or "nothing"]]
+        kinds = factoriser(card.slug, weft.config_class(card.slug)()).kinds
+        made = " or ".join(f"`{kind}`" for kind in kinds)
+        facts = [["each layer becomes", made], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."

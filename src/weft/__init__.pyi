@@ -30,6 +30,7 @@ from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig 
 from weft.compress.cospadi import CospadiConfig as CospadiConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
 from weft.compress.lord import LordConfig as LordConfig
+from weft.compress.modegpt import ModegptConfig as ModegptConfig
 from weft.compress.r_sparse import RSparseConfig as RSparseConfig
 from weft.compress.svd import SvdConfig as SvdConfig
 from weft.compress.svd_llm import SvdLlmConfig as SvdLlmConfig

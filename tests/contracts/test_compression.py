@@ -17,9 +17,11 @@ from models import MODELS, Plain, batches, llama, tokens
 
 import weft
 from weft.compress import _engine
+from weft.compress._allocate import READS
 from weft.compress._calibration import Corpus, calibrate
 from weft.compress._engine import compress
 from weft.compress._factoriser import factoriser
+from weft.compress._layers import Group, targets
 from weft.errors import UsageError
 from weft.linear._structured import Structured, stored_bits
 
@@ -33,13 +35,27 @@ def logits(model, data):
         return model(**data[0]).logits
 
 
+def units(maker, method, model):
+    """What a method takes apart: layers, or groups of them in models that it knows; it refuses all others by name."""
+    try:
+        return maker.units(model)
+    except UsageError as refused:
+        assert "groups" in weft.card(method).reasons and f"and {type(model).__name__} has" in str(refused)
+        return []
+
+
 def parts(method, model, data, **options):
-    """The method, its layers, and their statistics, without the engine."""
-    config = weft.config_class(method)(**options)
-    maker = factoriser(method, config)
-    layers = maker.units(model)
-    needs = {layer.name: maker.needs(layer) for layer in layers}
-    return maker, layers, calibrate(model, [Corpus(data)], layers, needs)
+    """The method, its units, and the statistics of each, without the engine."""
+    maker = factoriser(method, weft.config_class(method)(**options))
+    found = units(maker, method, model)
+    layers = [part for unit in found for part in unit.parts]
+    statistics = calibrate(model, [Corpus(data)], layers, {layer.name: maker.needs(layer) for layer in layers})
+    return maker, found, {
+        unit.name: {part.name: statistics[part.name] for part in unit.parts}
+        if isinstance(unit, Group)
+        else statistics[unit.name]
+        for unit in found
+    }
 
 
 def inputs(layer, dtype):
@@ -80,12 +96,19 @@ def offered(method):
 def test_what_is_stored_is_what_was_promised(method, name, keep):
     model = MODELS[name]()
     maker = factoriser(method, weft.config_class(method)())
-    before = {layer.name: layer for layer in maker.units(model)}
-    biased = {n for n, layer in before.items() if layer.bias is not None}
-    dense = sum(layer.bits for layer in before.values())
+    before = {unit.name: unit for unit in units(maker, method, model)}
     options = keeping(method, keep)
+    if not before:
+        with pytest.raises(UsageError, match=f"and {type(model).__name__} has"):
+            compress(model, method, **options, data=batches(model))
+        return
+    biased = {part.name for unit in before.values() for part in unit.parts if part.bias is not None}
+    if "groups" in weft.card(method).reasons:  # which leave nothing out
+        grouped = [part.name for unit in before.values() for part in unit.parts]
+        assert sorted(grouped) == sorted(layer.name for layer in targets(model, None, None))
+    dense, whole = sum(unit.bits for unit in before.values()), stored_bits(model, bias=True)
     keep = options.get("keep", keep)
-    if not any(len(maker.sizes(layer)) for layer in before.values()):
+    if not any(len(maker.sizes(unit)) for unit in before.values()):
         with pytest.raises(UsageError, match="below the smallest form of this method, which stores 1 of"):
             compress(model, method, **options, data=batches(model))
         return
@@ -93,6 +116,10 @@ def test_what_is_stored_is_what_was_promised(method, name, keep):
     traffic = "keep" in weft.card(method).reasons  # what it saves, and not storage
     stored = 0
     for row in report.rows:
+        if isinstance(before[row.name], Group):  # what belongs to it is seen below, on all of the model
+            assert row.size is None or row.bits < row.dense
+            stored += row.bits
+            continue
         layer = model.get_submodule(row.name)
         if row.size is None:
             assert not isinstance(layer, Structured)
@@ -102,6 +129,8 @@ def test_what_is_stored_is_what_was_promised(method, name, keep):
             assert own == row.bits and (traffic or row.bits < row.dense)
             stored += own
     assert report.keep == pytest.approx(stored / dense)
+    if any(isinstance(unit, Group) for unit in before.values()):
+        assert not biased and whole - stored_bits(model, bias=True) == dense - stored
     if traffic:
         _reads_what_was_promised(report, keep, before)
         return
@@ -207,6 +236,12 @@ def test_the_full_setting_is_the_layer(method, name, dtype, tolerance):
         if not len(maker.sizes(layer)):  # which stays dense
             continue
         size = maker.sizes(layer)[-1]
+        if isinstance(layer, Group):
+            expected = logits(model, data)
+            maker.replace(model, layer, maker.decompose(layer, statistics[layer.name], size), size)
+            found = logits(model, data)
+            assert found.dtype == dtype and float((found - expected).norm() / expected.norm()) < tolerance
+            continue
         full = maker.build(layer, maker.decompose(layer, statistics[layer.name], size), size)
         x = inputs(layer, dtype)
         with torch.no_grad():
@@ -351,9 +386,12 @@ def test_a_sweep_cuts_one_type_at_a_time(tmp_path):
 @every_method
 def test_a_plan_is_what_comes_out(method):
     model = llama(torch.float32)
-    planned = _engine.plan(model, method, **keeping(method, 0.5))
+    options = keeping(method, 0.5)
+    if READS.get(weft.config_class(method)().allocate) == "influence":  # which only data shows
+        options["allocate"] = "uniform"
+    planned = _engine.plan(model, method, **options)
     assert planned is not None
-    report = compress(model, method, **keeping(method, 0.5), data=batches(model))
+    report = compress(model, method, **options, data=batches(model))
     assert [replace(row, error=None) for row in report.rows] == [replace(row, error=None) for row in planned]
     if "water" in offered(method):
         assert _engine.plan(llama(), method, keep=0.5, allocate="water") is None

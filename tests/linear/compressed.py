@@ -116,6 +116,8 @@ AUTO = {
     "bert_words": "AutoModelForSequenceClassification",
     "resnet": "AutoModelForImageClassification",
 }
+# what stands for a layer; what holds layers, and makes them narrow, is tried in tests/compress
+KINDS = sorted(name for name, kind in kinds().items() if kind.opaque)
 # Every kind in a model, and every model with a kind: what one brings with it is nothing to the other.
 CASES = [
     ("llama", "low_rank"),

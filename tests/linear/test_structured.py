@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weft import UsageError
-from weft.linear._structured import Structured, StructuredLinear, empty, kinds, stored_bits
+from weft.linear._structured import Structured, StructuredLinear, empty, stored_bits
 
-KINDS = sorted(kinds())
+KINDS = compressed.KINDS
 SHAPES = [(24, 18), (7, 13), (17, 5), (1, 3)]
 
 

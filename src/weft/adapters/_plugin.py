@@ -520,7 +520,9 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse before any work what no module could serve."""
         self._tied = tied_weights(model)
-        self._structured = {name for name, module in model.named_modules() if isinstance(module, Structured)}
+        self._structured = {
+            name for name, module in model.named_modules() if isinstance(module, Structured) and module.opaque
+        }
         check_targets(model, peft_config, self.prefix)
 
     def _create_and_replace(

@@ -44,20 +44,21 @@ class Menu:
 
 Menus = Mapping[str, Menu]
 Sizes = dict[str, int | None]  # layer → size; None: the layer stays as it is
+Rule = Callable[[Menus, float], Sizes]  # of the given share
 
 
-def allocate(how: str, menus: Menus, keep: float, *, guard: bool = True) -> Sizes:
+def allocate(how: str | Rule, menus: Menus, keep: float, *, guard: bool = True) -> Sizes:
     """A size for every layer: at most `keep` of all dense bits, and no further step of any layer would fit.
 
     Args:
-        how: a name in ALLOCATORS.
+        how: a name in ALLOCATORS, or a rule like those.
         guard: leave a layer as it is where no smaller form of it saves bits. Without it every layer is replaced, and
             full sizes may cost more than the dense layer.
 
     Raises:
         UsageError: there is no such allocator, it needs what the menus lack, or `keep` is below the smallest sizes.
     """
-    if how not in ALLOCATORS:
+    if isinstance(how, str) and how not in ALLOCATORS:
         raise UsageError(f"unknown allocation {how!r}: {nearest(how, ALLOCATORS)}")
     budget = int(keep * sum(menu.dense for menu in menus.values()) + 1e-6)
     options = {name: _affordable(menu) for name, menu in menus.items()} if guard else dict(menus)
@@ -67,7 +68,8 @@ def allocate(how: str, menus: Menus, keep: float, *, guard: bool = True) -> Size
             f"keep={keep:g} is below the smallest form of this method, which stores "
             f"{least / sum(menu.dense for menu in menus.values()):.3g} of the bits"
         )
-    return _filled(options, ALLOCATORS[how](options, keep), budget, guard)
+    rule = ALLOCATORS[how] if isinstance(how, str) else how
+    return _filled(options, rule(options, keep), budget, guard)
 
 
 def _affordable(menu: Menu) -> Menu:
@@ -246,7 +248,7 @@ def tried(menu: Menu, share: float) -> int | None:
     return _largest(_affordable(menu), share * menu.dense)
 
 
-ALLOCATORS: dict[str, Callable[[Menus, float], Sizes]] = {
+ALLOCATORS: dict[str, Rule] = {
     "uniform": uniform,
     "energy": energy,
     "water": water,

@@ -33,9 +33,9 @@ class Statistics:
     """Of one layer: what its method asked for, None otherwise.
 
     Attributes:
-        input, output: moments of what the layer receives and gives, bias included, over the tokens that count, or all
-            positions of a convolution. An embedding has only an output, and a convolution's input is not served. Of the
-            input only Σx and Σx² where the method asked for "squares" and not for "input".
+        input, output: moments of what the layer receives and gives, bias and norm included, over the tokens that count,
+            or all positions of a convolution. An embedding has only an output, and a convolution's input is not served.
+            Only Σx and Σx² where the method asked for "squares" or "output_squares" alone.
         fisher: Σ over samples of the squared gradient of W, summed over its rows (in) and over its columns (out).
         magnitudes, scaled_magnitudes: order statistics of all |x_j|, and of all |x_j|·‖W_:j‖.
     """
@@ -90,7 +90,8 @@ class _Enough(Exception):
     """Raised in a forward pass once the last layer of interest has been seen."""
 
 
-NEEDS = ("input", "squares", "output", "fisher", "magnitudes", "scaled_magnitudes")  # as in Statistics
+NEEDS = ("input", "squares", "output", "output_squares", "fisher", "magnitudes", "scaled_magnitudes")
+GIVEN = frozenset({"output", "output_squares"})  # what a layer's output shows
 FORWARD = frozenset(NEEDS) - {"fisher"}  # what forward passes show
 Needs = Mapping[str, Sequence[str]]  # layer → of NEEDS
 
@@ -164,7 +165,8 @@ def _watch(
     watch = _Watch(layers, needs, found)
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for layer in layers:
-            hooks.callback(layer.module.register_forward_hook(watch.of(layer)).remove)
+            for module, hook in watch.of(layer):
+                hooks.callback(module.register_forward_hook(hook).remove)
         for batch in batches:
             watch.begin(mask_of(batch))
             with contextlib.suppress(_Enough):
@@ -177,43 +179,65 @@ class _Watch:
 
     def __init__(self, layers: Sequence[Layer], needs: Needs, found: dict[str, Statistics]) -> None:
         self.needs, self.found = needs, found
-        self.names = [layer.name for layer in layers]
+        self.sides = [
+            (layer.name, side)
+            for layer in layers
+            for side, words in (("receives", FORWARD - GIVEN), ("gives", GIVEN))
+            if words & set(needs[layer.name])
+        ]
         self.mask: Tensor | None = None
-        self.waiting: set[str] = set()
+        self.waiting: set[tuple[str, str]] = set()
         self.seen: list[tuple[Tensor, str]] = []  # inputs of this pass, held so that no other takes their place
 
     def begin(self, mask: Tensor | None) -> None:
-        self.mask, self.waiting, self.seen = mask, set(self.names), []
+        self.mask, self.waiting, self.seen = mask, set(self.sides), []
 
     def end(self) -> None:
         """After a pass: every layer must have been met."""
         self.seen = []
         if self.waiting:
-            raise UsageError(f"the calibration data never reaches {sorted(self.waiting)[0]}; leave it out with exclude")
+            name, _ = min(self.waiting)
+            raise UsageError(f"the calibration data never reaches {name}; leave it out with exclude")
 
-    def of(self, layer: Layer) -> Any:
-        """The hook of one layer."""
+    def of(self, layer: Layer) -> Iterator[tuple[nn.Module, Any]]:
+        """The modules to watch for one layer, each with its hook."""
         mine = self.found[layer.name]
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-            x, y = args[0], layer.features(y)
-            rows = self.mask if self.mask is not None and y.shape[:-1] == self.mask.shape else None
+        def receives(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            x = args[0]
+            rows = self.rows(x)
             if {"input", "squares"} & set(self.needs[layer.name]):
                 self._input(layer, mine, x, rows)
-            if "output" in self.needs[layer.name]:
-                mine.output = mine.output or Moments(KINDS)
-                _add(mine.output, y, rows, f"{layer.name} gives")
             if "magnitudes" in self.needs[layer.name]:
                 mine.magnitudes = mine.magnitudes or Magnitudes()
                 _add(mine.magnitudes, x, rows, f"{layer.name} receives")
             if "scaled_magnitudes" in self.needs[layer.name]:
                 mine.scaled_magnitudes = mine.scaled_magnitudes or Magnitudes(column_norms(layer.weight))
                 _add(mine.scaled_magnitudes, x, rows, f"{layer.name} receives")
-            self.waiting.discard(layer.name)
-            if not self.waiting:
-                raise _Enough
+            self.met(layer.name, "receives")
 
-        return hook
+        def gives(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            y = layer.features(y) if layer.norm is None else y.flatten(-2)  # heads side by side
+            mine.output = mine.output or Moments(KINDS if "output" in self.needs[layer.name] else ("squares",))
+            _add(mine.output, y, self.rows(y), f"{layer.name} gives")
+            self.met(layer.name, "gives")
+
+        if (layer.name, "receives") in self.sides:
+            yield layer.module, receives
+        if (layer.name, "gives") in self.sides:
+            yield layer.norm or layer.module, gives
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """Which rows of x count, where the mask says it of rows like these; OPT's MLP has a batch's rows in one."""
+        if self.mask is None:
+            return None
+        flat = self.mask.flatten()
+        return next((mask for mask in (self.mask, flat) if x.shape[:-1] == mask.shape), None)
+
+    def met(self, name: str, side: str) -> None:
+        self.waiting.discard((name, side))
+        if not self.waiting:
+            raise _Enough
 
     def _input(self, layer: Layer, mine: Statistics, x: Tensor, rows: Tensor | None) -> None:
         whole = "input" in self.needs[layer.name]

@@ -32,7 +32,7 @@ Weight = Tensor | None  # None: unweighted; a vector: diagonal; a matrix: a seco
 class Factoriser(ABC, Generic[C]):
     """One method. `decompose` is the work, done once a layer and kept on disk; `build` makes the layer from it."""
 
-    kind: ClassVar[str]  # of structured layer that it makes
+    kind: ClassVar[str]  # of structured layer that it makes; where there are several, `kinds` and `kind_of` tell
     nested: ClassVar[bool] = True  # whether every size is cut from one decomposition; else each is work of its own
 
     def __init__(self, config: C) -> None:
@@ -78,8 +78,13 @@ class Factoriser(ABC, Generic[C]):
         """How many bits of them are read for one token."""
         return self.bits(layer, size)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All that layers become."""
+        return (self.kind,)
+
     def kind_of(self, layer: Any) -> str:
-        """The kind of structured layer that one layer becomes."""
+        """What a layer becomes."""
         return self.kind
 
     def adds_bias(self, layer: Any) -> bool:

@@ -30,6 +30,7 @@ class Layer:
     name: str
     module: nn.Module
     block: str  # the name of the block that holds it, "" where the model has none
+    norm: nn.Module | None = None  # right behind it, of each head: what comes out of that is the layer's output
 
     @property
     def parts(self) -> tuple[Layer, ...]:
@@ -131,7 +132,8 @@ def targets(
     for parameter in (p for _, p in model.named_parameters(remove_duplicate=False)):
         shared[id(parameter)] = shared.get(id(parameter), 0) + 1
     apart = {id(part) for part in _heads(model)}
-    apart |= {id(part) for layer in model.modules() if isinstance(layer, Structured) for part in layer.modules()}
+    structured = (layer for layer in model.modules() if isinstance(layer, Structured) and layer.opaque)
+    apart |= {id(part) for layer in structured for part in layer.modules()}
     places = blocks(model)
     included = matches(include) if include is not None else lambda name: True
     excluded = matches(exclude) if exclude is not None else lambda name: False

@@ -73,6 +73,8 @@ class AtomicFeatureMimickingConfig(FeatureConfig):
 class AtomicFeatureMimickingFactoriser(FeatureFactoriser[AtomicFeatureMimickingConfig]):
     """E‖y − y'‖², or ‖W − W'‖_F."""
 
+    kinds = ("low_rank", "low_rank_conv", "factored_embedding")
+
     @property
     def centred(self) -> bool:
         return self.config.basis == "features"
@@ -86,8 +88,8 @@ class AtomicFeatureMimickingFactoriser(FeatureFactoriser[AtomicFeatureMimickingC
         return super().needs(layer) if isinstance(layer.module, LINEAR) else ("output",)
 
     def kind_of(self, layer: Layer) -> str:
-        kinds = {nn.Conv2d: "low_rank_conv", nn.Embedding: "factored_embedding"}
-        return kinds.get(type(layer.module), self.kind)
+        low_rank, conv, embedding = self.kinds
+        return {nn.Conv2d: conv, nn.Embedding: embedding}.get(type(layer.module), low_rank)
 
     def adds_bias(self, layer: Layer) -> bool:
         # a table written out has its mean in it

@@ -8,10 +8,12 @@ linear layer, a `StructuredLinear`; any other says in `geometry` what it stands 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import skip_init
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
 
 import weft.linear
 from weft.errors import UsageError, nearest
@@ -38,7 +41,8 @@ class Structured(nn.Module):
 
     kind: ClassVar[str]  # the file's name
     version: ClassVar[int] = 1  # of the stored form
-    linear: ClassVar[bool] = True  # whether a weight describes it
+    linear: ClassVar[bool] = True  # whether a stock layer can have its values
+    opaque: ClassVar[bool] = True  # whether the layers inside are parts of it, and none of their own
     weight: Tensor
     bias: nn.Parameter | None = None  # b (out), of the kinds that have one, wherever they keep it
 
@@ -58,6 +62,15 @@ class Structured(nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} must define geometry")
 
+    @classmethod
+    def for_place(cls, stock: nn.Module) -> Callable[..., Structured]:
+        """What makes an empty one, of the kind's own keywords, for the place of a stock layer.
+
+        Raises UsageError where it cannot stand for such a layer.
+        """
+        weight: Any = stock.weight
+        return functools.partial(cls, **cls.geometry(stock), device=weight.device, dtype=weight.dtype)
+
     def options(self) -> dict[str, Any]:
         """The kind's own keywords of its constructor, as JSON has them."""
         return {}
@@ -72,6 +85,24 @@ class Structured(nn.Module):
         Raises UsageError where no weight describes the layer.
         """
         raise UsageError(f"a layer of kind {self.kind} is no linear map, so it has no dense weight")
+
+    def check_dense(self, place: nn.Module) -> None:
+        """Raise UsageError, whose sentence begins with a reason, where a stock layer cannot have its values."""
+        if not self.linear:
+            raise UsageError(f"{self.kind} is no linear map")
+        if self.bias is not None and getattr(place, "bias", None) is None:
+            raise UsageError("the stock layer has no place for its bias")
+
+    def restored(self, place: Any) -> nn.Module:
+        """The stock layer with its values; `place` is one without any, of which it may be made."""
+        dense = self.dense()
+        if isinstance(place, nn.Linear):  # inside of something narrow it has other sizes than a stock model's
+            place.out_features, place.in_features = dense.shape
+        place.weight = nn.Parameter((dense.mT if isinstance(place, Conv1D) else dense).contiguous())
+        if getattr(place, "bias", None) is not None:
+            bias = dense.new_zeros(place.bias.shape) if self.bias is None else self.bias.detach().clone()
+            place.bias = nn.Parameter(bias)
+        return place.train(self.training)
 
     def derive(self) -> None:
         """Compute what is not stored, the buffers that are not persistent, after the rest was loaded."""
@@ -136,13 +167,12 @@ def empty(spec: dict[str, Any], stock: nn.Module) -> Structured:
     kind = _kind(name)
     if version > kind.version:
         raise UsageError(f"{name} has version {version} here, and this weft reads up to {kind.version}: upgrade weft")
-    geometry = kind.geometry(stock)
+    make = kind.for_place(stock)
     try:
-        inspect.signature(kind).bind(**geometry, **options)
+        inspect.signature(make).bind(**options)
     except TypeError as error:
         raise UsageError(f"{name}: {error}") from error
-    weight: Any = stock.weight
-    return kind(**geometry, **options, device=weight.device, dtype=weight.dtype)
+    return make(**options)
 
 
 def check_rank(rank: int, out: int, in_: int, least: int = 0) -> int:

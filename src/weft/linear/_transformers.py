@@ -204,18 +204,12 @@ def to_dense(model: Any) -> Any:
         stock = type(model)(copy.deepcopy(model.config))
     places = {name: stock.get_submodule(name) for name in layers}
     for name, layer in layers.items():
-        if not layer.linear:
-            raise UsageError(f"{name} has no dense form: {layer.kind} is no linear map")
-        if layer.bias is not None and places[name].bias is None:
-            raise UsageError(f"{name} has no dense form: {type(model).__name__} has no place for its bias")
-    for name, layer in layers.items():
-        place: Any = places[name]
-        dense = layer.dense()
-        place.weight = nn.Parameter((dense.mT if isinstance(place, Conv1D) else dense).contiguous())
-        if getattr(place, "bias", None) is not None:
-            bias = dense.new_zeros(place.bias.shape) if layer.bias is None else layer.bias.detach().clone()
-            place.bias = nn.Parameter(bias)
-        model.set_submodule(name, place.train(layer.training))
+        try:
+            layer.check_dense(places[name])
+        except UsageError as error:
+            raise UsageError(f"{name} has no dense form: {error}") from error
+    for name, layer in reversed(layers.items()):  # what lies inside of another first
+        model.set_submodule(name, layer.restored(places[name]))
     if isinstance(getattr(model, "hf_quantizer", None), WeftQuantizer):
         model.hf_quantizer.remove_quantization_config(model)
     return model

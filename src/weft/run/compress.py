@@ -278,7 +278,7 @@ def outline(run: Request, model: Any) -> Outline:
 
     maker = factoriser(run.method, run.config)
     layers = maker.units(model)
-    if run.options.dense and not kinds()[maker.kind].linear:
+    if run.options.dense and not all(kinds()[kind].linear for kind in maker.kinds):
         raise UsageError(f"--dense: {run.method} makes layers that are no linear maps, which no stock model can hold")
     odd = next((layer.name for layer in layers if maker.adds_bias(layer)), None)
     if run.options.dense and odd is not None:

@@ -230,7 +230,8 @@ def _factors(model: nn.Module) -> set[str]:
     """What the modules inside of a compressed model's structured layers are called."""
     from weft.linear._structured import Structured
 
-    return {name for layer in model.modules() if isinstance(layer, Structured) for name, _ in layer.named_children()}
+    structured = (layer for layer in model.modules() if isinstance(layer, Structured) and layer.opaque)
+    return {name for layer in structured for name, _ in layer.named_children()}
 
 
 # Fields of a method's config that speak of the run: where they are not given, they follow it.
