@@ -135,7 +135,7 @@ def outline_lines(run: _compress.Request, model: Any, shape: _compress.Outline, 
     from weft.report.quantities import duration, size
     from weft.run.operations import operations, seconds_of
 
-    many, bits = len(shape.layers), sum(layer.bits for layer in shape.layers)
+    many, bits = sum(len(layer.parts) for layer in shape.layers), sum(layer.bits for layer in shape.layers)
     knob = registry.card(run.method).knob
     lines = [
         f"{run.method} on {run.options.model}: {many:,} {'matrix' if many == 1 else 'matrices'} of {size(bits / 8)} in "
