@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -198,3 +199,64 @@ def test_at_half_the_atoms_a_bit_each_is_as_short_as_places_can_be():
     """What tells one choice of s among k from another: log2 of their number."""
     k, s = 200, 100
     assert 0.97 * _codes.support_bits(k, s) < math.log2(math.comb(k, s))
+
+
+# --- a dictionary that layers share -----------------------------------------------------------------------------------
+
+
+def led(leader: Dictionary, out: int, *, s: int = 3, bias: bool = False) -> Dictionary:
+    k, b = leader.atoms.out_features, torch.linspace(-1, 1, out, dtype=torch.float64) if bias else None
+    return Dictionary.from_codes(leader.atoms.weight, *codes(out, k, s, seed=5), b, leader=leader)
+
+
+def test_a_led_layer_multiplies_by_its_leaders_atoms_and_stores_none():
+    leader = made(12, 7, 20, 10)
+    layer = led(leader, 9, bias=True)
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    w = written_out(leader.atoms.weight, *codes(9, 20, 3, seed=5))
+    torch.testing.assert_close(layer(x), x @ w.mT + layer.bias, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.dense(), w, rtol=1e-12, atol=1e-12)
+    assert layer.dictionary is leader.atoms is leader.dictionary
+    assert set(layer.state_dict()) == {"weight", "values", "support", "shift"} and not list(layer.children())
+    assert stored_bits(layer) == 64 * 9 * 3 + 9 * 3 * 8
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_all_lose_trains_the_one_dictionary():
+    leader = made(12, 7, 20, 10)
+    layer = led(leader, 9)
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (leader(x).square().sum() + layer(x).square().sum()).backward()
+    both = 0
+    for one in (leader, layer):
+        s = torch.zeros(one.out_features, 20, dtype=torch.float64).scatter(1, one.places.long(), one.values.detach())
+        both = both + s.mT @ (2 * x @ one.dense().detach().mT).mT @ x  # of ‖x·Dᵀ·Sᵀ‖², D being k × in
+    torch.testing.assert_close(leader.atoms.weight.grad, both, rtol=1e-11, atol=1e-11)
+
+
+def test_copies_share_among_themselves_and_casts_reach_all():
+    model = torch.nn.ModuleList([made(12, 7, 20, 10)])
+    model.append(led(model[0], 9))
+    assert [name for name, _ in model.named_parameters()] == ["0.values", "0.atoms.weight", "1.values"]
+    other = copy.deepcopy(model)
+    assert other[1].leader is other[0] is not model[0]
+    model.bfloat16()
+    assert model[1].dictionary.weight.dtype == torch.bfloat16 and other[1].dictionary.weight.dtype == torch.float64
+    assert model[1](torch.ones(2, 7).bfloat16()).dtype == torch.bfloat16
+
+
+def test_only_a_layer_with_a_leader_is_of_the_second_version(monkeypatch):
+    leader = made(12, 7, 20, 10)
+    spec = led(leader, 9).spec() | {"leader": "first"}
+    assert (spec["version"], leader.spec()["version"]) == (2, 1)
+    stock = torch.nn.Linear(7, 9, dtype=torch.float64)
+    assert empty(spec, stock, leader).leader is leader
+    for wrong in (led(leader, 9), torch.nn.Linear(7, 20)):
+        with pytest.raises(UsageError, match="its leader has no dictionary of its own"):
+            empty(spec, stock, wrong)
+    with pytest.raises(UsageError, match="it takes 20 atoms of 7 inputs, and its leader has 19 of 7"):
+        empty(spec, stock, made(12, 7, 19, 10))
+    monkeypatch.setattr(Dictionary, "version", 1)  # an older weft
+    with pytest.raises(UsageError, match="version 2 here, and this weft reads up to 1: upgrade"):
+        empty(spec, stock, leader)

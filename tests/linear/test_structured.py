@@ -99,7 +99,7 @@ def test_bfloat16_errs_at_most_twice_as_much_as_the_dense_product(kind):
 def test_its_spec_is_json_and_makes_it_again(kind, device):
     layer, dense = made(kind, 17, 11, dtype=torch.float32)
     spec = json.loads(json.dumps(layer.spec()))
-    assert spec["kind"] == kind == layer.kind and spec["version"] == layer.version
+    assert spec["kind"] == kind == layer.kind and 1 <= spec["version"] <= layer.version
     assert spec.get("bias", False) is hasattr(dense, "bias")
     place = dense.to(device)
     before = torch.get_rng_state()

@@ -36,7 +36,7 @@ Observer = Callable[[str, int, int, "Row | None"], None]  # stage, layers done, 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer as it came out.
+    """One layer as it came out, or several that were taken apart together.
 
     Attributes:
         kind: of structured layer; "dense" where it stays as it was.
@@ -44,6 +44,7 @@ class Row:
         bits, dense: stored bits after and before.
         error: the share of the layer's objective that is lost; None where the method has no such number.
         reads: bits of the weights that are read for one token: those stored, unless the method reads them in part.
+        parts: the layers' names: its own, or those of several.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     dense: int
     error: float | None = None
     reads: int = 0
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Compression:
     @property
     def replaced(self) -> int:
         """Layers that have another form now."""
-        return sum(row.size is not None for row in self.rows)
+        return sum(len(row.parts) for row in self.rows if row.size is not None)
 
 
 def compress(
@@ -274,7 +276,7 @@ class _Job:
                 dense=layer.bits,
                 errors=self.errors(layer) if self.reads("errors") and self.maker.nested else None,
                 values=self.maker.values(layer) if self.reads("values") else None,
-                influence=influence.get(layer.block),
+                influence=_mean([influence[p.block] for p in layer.parts if p.block in influence]),
                 type=type_of(layer.name),
             )
         if self.reads("losses") and self.maker.nested:
@@ -335,11 +337,15 @@ class _Job:
 
     def row(self, layer: Unit, size: int | None, kind: str | None = None, error: float | None = None) -> Row:
         """What the report says of a layer."""
-        shape = layer.shape
+        shape, parts = layer.shape, tuple(part.name for part in layer.parts)
         if kind is None or size is None:
-            return Row(layer.name, shape, "dense", None, layer.bits, layer.bits, 0.0, layer.bits)
+            return Row(layer.name, shape, "dense", None, layer.bits, layer.bits, 0.0, layer.bits, parts)
         bits, reads = self.maker.bits(layer, size), self.maker.reads(layer, size)
-        return Row(layer.name, shape, kind, size, bits, layer.bits, error, reads)
+        return Row(layer.name, shape, kind, size, bits, layer.bits, error, reads, parts)
+
+
+def _mean(found: Sequence[float]) -> float | None:
+    return sum(found) / len(found) if found else None
 
 
 def _groups(layers: Sequence[Unit]) -> list[list[Unit]]:

@@ -45,6 +45,7 @@ class Structured(nn.Module):
     opaque: ClassVar[bool] = True  # whether the layers inside are parts of it, and none of their own
     weight: Tensor
     bias: nn.Parameter | None = None  # b (out), of the kinds that have one, wherever they keep it
+    leader: Structured | None = None  # the layer that stores what this one uses of it, and is no part of this one
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -155,8 +156,10 @@ def _kind(name: str) -> type[Structured]:
     return getattr(importlib.import_module(f"weft.linear.{name}"), class_name(name, ""))
 
 
-def empty(spec: dict[str, Any], stock: nn.Module) -> Structured:
+def empty(spec: dict[str, Any], stock: nn.Module, leader: Structured | None = None) -> Structured:
     """The layer that a spec describes, without values, for the place of a stock one; on its device, in its dtype.
+
+    `leader` is the layer that the spec names as such.
 
     Raises UsageError where this weft does not know such a layer, or it cannot stand there.
     """
@@ -168,6 +171,8 @@ def empty(spec: dict[str, Any], stock: nn.Module) -> Structured:
     if version > kind.version:
         raise UsageError(f"{name} has version {version} here, and this weft reads up to {kind.version}: upgrade weft")
     make = kind.for_place(stock)
+    if "leader" in options:
+        options["leader"] = leader
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:

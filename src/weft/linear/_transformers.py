@@ -6,6 +6,8 @@ and the Auto classes find it:
     "quantization_config": {"quant_method": "weft", "format": 1,
                             "modules": {"layers.0.mlp.up_proj": {"kind": "low_rank", "version": 1, "rank": 64, …}}}
 
+A layer that uses what another stores names that one as its `leader`.
+
 transformers calls whatever replaces modules before loading a quantizer. Importing this file makes weft's known to it.
 Without weft, loading raises: the checkpoint's `….up_proj.weight` has no elements and fits no matrix.
 """
@@ -62,7 +64,7 @@ class WeftQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         whole = type(model).__name__ in (model.config.architectures or ())
-        for name, spec in self.quantization_config.modules.items():
+        for name, spec in sorted(self.quantization_config.modules.items(), key=lambda item: "leader" in item[1]):
             found = _resolve(model, name)
             if found is None:
                 if whole:
@@ -70,7 +72,7 @@ class WeftQuantizer(HfQuantizer):
                 continue  # a head's, and the model has another head or none
             old = model.get_submodule(found)
             try:
-                layer = empty(spec, _plain(old))
+                layer = empty(spec, _plain(old), _leader(model, spec))
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
             # else transformers draws values for the weight that it has not
@@ -109,15 +111,32 @@ def structured_layers(model: nn.Module) -> dict[str, Structured]:
 def _describe(model: Any) -> Specs:
     """The spec of every structured layer, by its name in the base model; a head's by its name in the model."""
     names = {id(module): name for name, module in model.base_model.named_modules()}
+    layers = structured_layers(model)
+    names |= {id(layer): names.get(id(layer), name) for name, layer in layers.items()}
     specs = {}
-    for name, layer in structured_layers(model).items():
+    for name, layer in layers.items():
         for key, t in layer.state_dict().items():
             if type(t).__module__.startswith("torchao"):
                 raise UsageError(
                     f"{name}.{key} is quantised ({type(t).__name__}): save first, and quantise what was loaded"
                 )
-        specs[names.get(id(layer), name)] = layer.spec()
+        spec = specs[names[id(layer)]] = layer.spec()
+        if layer.leader is not None:
+            if id(layer.leader) not in names:
+                raise UsageError(f"{name} uses what another layer stores, which is no longer in the model")
+            spec["leader"] = names[id(layer.leader)]
     return specs
+
+
+def _leader(model: Any, spec: dict[str, Any]) -> Structured | None:
+    """The layer that a spec names as its leader, which is in its place already."""
+    if "leader" not in spec:
+        return None
+    found = _resolve(model, spec["leader"])
+    layer = model.get_submodule(found) if found is not None else None
+    if not isinstance(layer, Structured):
+        raise UsageError(f"its leader {spec['leader']} is no structured layer of {type(model).__name__}")
+    return layer
 
 
 def _resolve(model: Any, name: str) -> str | None:

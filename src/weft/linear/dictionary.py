@@ -6,6 +6,10 @@ W = (D·S)ᵀ, where column o of S (k × out) holds row o of v at the places i_o
 are takes, for each output, a bit an atom, or s whole numbers of 8, 16 or 32 bits, whichever is shorter: `support`. For
 s near k/2 nothing can be shorter than the bits.
 
+Layers of as many inputs can share D. One of them, their leader, has it as its `atoms`; each of the others holds on to
+the leader, which stays a layer of the model and no part of theirs: D is one parameter, is stored once, and whatever is
+done to the leader's `atoms` (an adapter, say) is done to all.
+
 With many rows of x, S is written out for some outputs at a time and multiplied as a dense matrix: at the ratios k/s in
 use S is between a quarter and two thirds full, and no sparse product is faster. A processor multiplies few rows by the
 sparse matrix, since to write S out would cost more than to multiply by it. benchmarks/sparse_coding.py measures the
@@ -29,6 +33,9 @@ from weft.linear._structured import bare_linear
 class Dictionary(Coded):
     """W = (D·S)ᵀ."""
 
+    version = 2  # the first without a leader
+    leader: Dictionary | None
+
     def __init__(
         self,
         in_features: int,
@@ -37,13 +44,23 @@ class Dictionary(Coded):
         atoms: int,
         nonzeros: int,
         bias: bool = False,
+        leader: Dictionary | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, device=device, dtype=dtype)
         if not 1 <= nonzeros <= atoms:
             raise UsageError(f"nonzeros={nonzeros}, atoms={atoms}: an output takes from 1 to all of the atoms")
-        self.atoms = bare_linear(in_features, atoms, False, device, dtype)
+        self.__dict__["leader"] = leader  # out of torch's sight, which would store the leader with each layer
+        if leader is None:
+            self.atoms = bare_linear(in_features, atoms, False, device, dtype)
+        elif not isinstance(leader, Dictionary) or leader.leader is not None:
+            raise UsageError("its leader has no dictionary of its own")
+        elif (leader.in_features, leader._width) != (in_features, atoms):
+            raise UsageError(
+                f"it takes {atoms} atoms of {in_features} inputs, and its leader has {leader._width} of "
+                f"{leader.in_features}"
+            )
         self.shift = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._make_codes(atoms, nonzeros, device, dtype)
 
@@ -56,16 +73,17 @@ class Dictionary(Coded):
         values: Tensor,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        leader: Dictionary | None = None,
     ) -> Dictionary:
         """Atoms k × in, and for each output which it takes (out × s, ascending) and how much of each (out × s).
 
-        In `dtype`, that of `atoms` if not given.
+        In `dtype`, that of `atoms` if not given. With a leader, whose atoms they are, no others are stored.
         """
         (k, in_), (out, s) = atoms.shape, values.shape
-        layer = cls(
-            in_, out, atoms=k, nonzeros=s, bias=bias is not None, device=atoms.device, dtype=dtype or atoms.dtype
-        )
-        layer.atoms.weight.copy_(atoms)
+        own: Any = {"bias": bias is not None, "device": atoms.device, "dtype": dtype or atoms.dtype}
+        layer = cls(in_, out, atoms=k, nonzeros=s, leader=leader, **own)
+        if leader is None:
+            layer.atoms.weight.copy_(atoms)
         if bias is not None and layer.shift is not None:
             layer.shift.copy_(bias)
         layer._set_codes(index, values)
@@ -83,12 +101,20 @@ class Dictionary(Coded):
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         return self.shift
 
+    @property
+    def dictionary(self) -> nn.Linear:
+        """D, its own or its leader's."""
+        return self.atoms if self.leader is None else self.leader.atoms
+
     def options(self) -> dict[str, Any]:
-        return {"atoms": self.atoms.out_features, "nonzeros": self.nonzeros}
+        return {"atoms": self._width, "nonzeros": self.nonzeros}
+
+    def spec(self) -> dict[str, Any]:
+        return super().spec() | ({"version": 1} if self.leader is None else {})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._times_codes(self.atoms(x), self.shift)
+        return self._times_codes(self.dictionary(x), self.shift)
 
     def dense(self) -> Tensor:
         wide = torch.promote_types(self.values.dtype, torch.float32)
-        return (self._written_out(wide) @ self.atoms.weight.to(wide)).to(self.values.dtype)
+        return (self._written_out(wide) @ self.dictionary.weight.to(wide)).to(self.values.dtype)

@@ -389,8 +389,9 @@ def _drawn(entry: Entry, study: Tradeoffs) -> dict[str, Any]:
     """One point of the figures, and its layers as a grid of [size, share of the bits, error]."""
     cells = _cells(entry, study)
     layers = {
-        layer["name"]: [layer["size"], round(layer["bits"] / layer["dense"], 4), _short_float(layer["error"])]
+        name: [layer["size"], round(layer["bits"] / layer["dense"], 4), _short_float(layer["error"])]
         for layer in entry.row["layers"]
+        for name in layer.get("parts") or [layer["name"]]
     }
     return {
         "keep": entry.row["keep"],

@@ -81,7 +81,8 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
     card = registry.card(run.method)
     spec = run.options.model or ""
     paper = f", arXiv {card.arxiv}" if card.arxiv else f" ({card.year})"
-    replaced = sum(layer["size"] is not None for layer in report["layers"])
+    targeted = sum(len(layer["parts"]) for layer in report["layers"])
+    replaced = sum(len(layer["parts"]) for layer in report["layers"] if layer["size"] is not None)
     kept, bits, files = report["keep"], report["bits"], report["file_bytes"]
     base = "" if spec.startswith("builtin:") or Path(spec).expanduser().exists() else f"base_model: {spec}\n"
     share = f"{kept['measured']:.4f} of the targeted matrices' stored bits are kept"
@@ -96,7 +97,7 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
         if replaced
         else f"A copy of `{spec}`: `{card.knob}={getattr(run.config, card.knob):g}` leaves nothing to replace.",
         "| bytes | before | after |\n| --- | ---: | ---: |\n"
-        f"| the {len(report['layers'])} targeted matrices | {bits['before'] // 8:,} | {bits['after'] // 8:,} |\n"
+        f"| the {targeted} targeted matrices | {bits['before'] // 8:,} | {bits['after'] // 8:,} |\n"
         f"| weight files | {files['before']:,} | {files['after']:,} |",
         f"{replaced} matrices were replaced. {share}. "
         f"`{REPORT_FILE}` has every layer, and what else was left as it is.",

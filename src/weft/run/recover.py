@@ -71,7 +71,7 @@ def factors(model: Any, report: dict[str, Any]) -> list[str]:
 
     from weft.linear._structured import Structured
 
-    stayed = {layer["name"] for layer in report["layers"] if layer["size"] is None}
+    stayed = {name for layer in report["layers"] if layer["size"] is None for name in layer["parts"]}
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Structured):
