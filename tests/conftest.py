@@ -1,5 +1,6 @@
 """No network, one thread a process (the suite runs one worker a core), and standard error as `weft` itself keeps it."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before any library loads, as
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py, which makes models and data
 
 import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_out_of_sight():
+    """Collecting garbage, which trainers do after every run, takes a second among all that torch's imports make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
