@@ -327,7 +327,7 @@ def _measured(slug: str) -> list[str]:
             parts += [lead, _rows_table(own)]
     for path in studies():
         headings, rows = _study_rows(path)
-        own = [row for row in rows if row[1] == f"`{slug}`"]
+        own = [row for row in rows if f"`{slug}`" in row]
         if own:
             parts += [f"In the comparison {study_name(path)}:", table(headings, own)]
     where = "How these were made, and the other methods: [results](../results.md)."
@@ -363,22 +363,29 @@ def results_page() -> str:
 
 
 def _study(path: Path) -> Iterator[str]:
-    from weft.report.study import read
+    from weft.report.study import parse, read
+    from weft.report.tradeoffs import digest
 
-    study = read(path)
+    head, rows, notes = parse(path)
     yield f"## Comparison: {study_name(path)}"
-    yield prose(study.verdict)
+    if head.get("pillar") == "compress":
+        found = digest(head, rows, notes)
+        yield prose(". ".join(f"Keeping {keep:g} of the bits, {found.verdict(keep)}" for keep in found.tables) + ".")
+    else:
+        yield prose(read(path).verdict)
     yield table(*_study_rows(path))
-    yield _made_by(study.head)
+    yield _made_by(head)
     if (path.parent / "report.html").exists():
         yield f"[The whole report](results/{path.parent.name}/report.html)"
 
 
 def _study_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Headings and one row a method of a comparison, as its report has them."""
+    """Headings and one row a method of a comparison, as its report has them; a row a share, of compression."""
     from weft.report import quantities
-    from weft.report.study import read
+    from weft.report.study import parse, read
 
+    if parse(path)[0].get("pillar") == "compress":
+        return _tradeoff_rows(path)
     study = read(path)
     rows = [
         [
@@ -393,6 +400,25 @@ def _study_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     ]
     score = f"{study.metric.name.lower()}, {study.metric.unit}"
     return ["rank", "method", score, "trainable", "memory", "a step"], rows
+
+
+def _tradeoff_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    from weft.report.study import parse
+    from weft.report.template import short
+    from weft.report.tradeoffs import digest
+
+    study = digest(*parse(path))
+    headings = [f"perplexity, {short(name)}" for name in study.corpora]
+    rows = []
+    for keep, entries in study.tables.items():
+        for entry in (entry for entry in entries if entry.row["status"] == "ok"):
+            standing = entry.standings[0]
+            place = "collapsed" if entry.collapsed else "–" if standing is None else str(standing.rank)
+            losses = [entry.perplexity(corpus) for corpus in range(len(study.corpora))]
+            shown = ["–" if loss is None else f"{loss:.4g}" for loss in losses]
+            share = f"{entry.row['kept']:.3f}"
+            rows.append([f"{keep:g}", place, f"`{entry.name}`", *shown, share])
+    return ["keep", "rank", "method", *headings, "stored"], rows
 
 
 # --- everything -------------------------------------------------------------------------------------------------------

@@ -65,3 +65,29 @@ def test_the_rows_of_a_comparison(repository):
     assert "1,234" in page and "250 ms" in page
     own = "\n".join(generate._measured("sora"))
     assert "In the comparison pydocs" in own and "peft:lora" not in own
+
+
+def test_the_rows_of_a_comparison_of_compression(repository):
+    from weft.run.tradeoffs import Point, empty_row
+
+    def corpora(loss: float) -> list[dict]:
+        documents = [[loss * 10, 10], [loss * 12, 12], [loss * 11, 11]]
+        return [{"data": "wiki.txt", "loss": loss, "perplexity": 2.718281828**loss, "per_document": documents}]
+
+    def row(method: str, keep: float | None, loss: float) -> dict:
+        made = empty_row(Point("dense" if keep is None else "quality", method, keep)) | {"status": "ok"}
+        bits = {"kept": keep or 1.0, "bits": 100, "dense_bits": 100, "reads": 50 if keep else 100}
+        return made | bits | {"corpora": corpora(loss)}
+
+    head = {**_MADE, "kind": "study", "pillar": "compress", "model": "m", "data": "wiki.txt", "keeps": [0.5]}
+    head |= {"methods": ["svd", "lord"], "plan": {"corpora": [{"data": "wiki.txt"}], "notes": []}}
+    rows = [head, row("dense", None, 2.0), row("svd", 0.5, 2.5), row("lord", 0.5, 2.9)]
+    folder = repository / "docs" / "results" / "shares"
+    folder.mkdir()
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = generate.results_page()
+    assert "Keeping 0.5 of the bits, svd ranks first" in page
+    assert "| keep | rank | method | perplexity, wiki.txt | stored |" in page
+    assert "| 0.5 | 1 | `svd` | 12.18 | 0.500 |" in page
+    assert "| 0.5 | collapsed | `lord` | 18.17 | 0.500 |" in page  # more than twice the dense model's 7.39
+    assert "| 0.5 | collapsed |" in "\n".join(generate._measured("lord"))
