@@ -34,7 +34,7 @@ def test_median_leaves_the_first_steps_out():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="resident memory is measured without a GPU only")
-def test_peak_memory_counts_what_training_holds():
+def test_peak_memory_counts_what_training_holds(trimmed):
     """64 MB of parameters and as many of gradients, above what the process held; and only until the last step."""
     size = 16 * 2**20
     with measuring() as small:
@@ -43,7 +43,8 @@ def test_peak_memory_counts_what_training_holds():
         _train(2, size)
         torch.ones(8 * size)  # after the last step: not training
     assert small.peak_bytes is not None and large.peak_bytes is not None
-    assert 2 * 4 * size < large.peak_bytes - small.peak_bytes < 8 * 4 * size
+    pages = 2**20  # that were there before, and are taken again
+    assert 2 * 4 * size - pages < large.peak_bytes - small.peak_bytes < 8 * 4 * size
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="resident memory is measured without a GPU only")
