@@ -16,6 +16,7 @@ options are that command's, say --workers 2 or --no-speed.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def main() -> None:
         output = RESULTS / f"compress_{task}"
         if not args.orderings:
             command = [sys.executable, "-m", "weft", "compare", "--pillar", "compress", "--methods", methods]
-            command += ["--samples", "64", "--rows", "64", "--output", str(output)]
+            command += ["--samples", "64", "--rows", "64", "--output", os.path.relpath(output)]
             code = subprocess.run([*command, *options(task, args.data_dir or Path()), *passed]).returncode
             if code:
                 sys.exit(code)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -81,7 +82,8 @@ def main() -> None:
         data = Path("build") / "studies" / task / "data"
         data.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "weft", "compare", "--data", str(data), "--methods", methods, "--seeds", "3"]
-        command += ["--output", str(RESULTS / task), "--forget-data", "none", *prepared(task, args.data_dir, data)]
+        command += ["--output", os.path.relpath(RESULTS / task), "--forget-data", "none"]
+        command += prepared(task, args.data_dir, data)
         code = subprocess.run([*command, *passed]).returncode
         if code:
             sys.exit(code)
