@@ -249,6 +249,13 @@ def test_an_interrupted_recovery_goes_on_where_it_was(weft, refuse, words, tmp_p
     assert all(torch.equal(t, two[name]) for name, t in one.items()) and not (tmp_path / "out.work").exists()
 
 
+def test_layers_without_factors_stay_as_they_were_compressed(refuse, words, tmp_path):
+    quick = ("--keep", 0.95, "--iterations", 1, "--include", "mlp.up_proj,mlp.gate_proj,mlp.down_proj")
+    refuse(1, *words(*quick, *RECOVERY, method="armor"), says=("armor makes layers without dense", "weft adapt"))
+    assert any(layer["size"] for layer in report(tmp_path / "out")["layers"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 

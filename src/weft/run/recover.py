@@ -94,6 +94,7 @@ def recover(run: Request, say: Callable[[str], None]) -> dict[str, Any]:
     targets = factors(skeleton, report)
     if not targets:
         start.replace(run.output)
+        shutil.rmtree(run.work)
         raise WeftError(
             f"{run.method} makes layers without dense factors, into which no adapter can be merged: {run.output} is "
             f"the compressed model, and weft adapt --model {run.output} trains an adapter beside it"
