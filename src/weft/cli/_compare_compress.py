@@ -6,10 +6,11 @@ import shlex
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weft.cli._study import StudyBar, conclude
 from weft.errors import UsageError, WeftError
 
 if TYPE_CHECKING:
@@ -210,13 +211,9 @@ def plan_lines(study: Study, found: Row) -> list[str]:
 
 def run_study(study: Study, output: Path, *, workers: int | None = None, retry_failed: bool = False) -> list[Row]:
     """Run a study with a progress bar, then write its report and print its table."""
-    from rich.console import Console
-
-    from weft import report
     from weft.run.tradeoffs import trade_off
 
     again = study_command(study, output)
-    console = Console()
     with Progress(study) as progress:
         try:
             rows = trade_off(
@@ -232,50 +229,21 @@ def run_study(study: Study, output: Path, *, workers: int | None = None, retry_f
             progress.stop()
             done = f"after {progress.done} of {progress.total} rows"
             raise WeftError(f"interrupted {done}; go on with: {again}") from None
-    report.html(output / "results.jsonl", output / "report.html")
-    console.print(report.terminal_table(output / "results.jsonl"))
-    failed = sum(row.get("status") == "failed" for row in rows)
-    if failed:
-        console.print(f"{failed} points failed; the report says why, and --retry-failed tries them again.")
-    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
+    conclude(rows, output, "points")
     return rows
 
 
-class Progress:
+class Progress(StudyBar):
     """One bar over the whole study on a terminal; elsewhere a line for each row."""
 
     def __init__(self, study: Study) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
 
         from weft.run.tradeoffs import expected
 
-        self.console = Console(soft_wrap=True)
-        self.study, self.total, self.done = study, expected(study), 0
-        self.bar: Bar | None = None
-        if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-            self.bar = Bar(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("study", total=self.total, text="")
-
-    def __enter__(self) -> Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.stop()
-
-    def stage(self, text: str) -> None:
-        """Something without rows to count; not worth a line of its own."""
-        if self.bar is not None:
-            self.bar.update(self.task, text=text)
+        text = TextColumn("{task.fields[text]}")
+        super().__init__(BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), total=expected(study))
+        self.study = study
 
     def planned(self, header: Row) -> None:
         """Say above the bar what will be measured."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weft.cli._study import StudyBar, conclude
 from weft.errors import UsageError, WeftError, nearest
 
 if TYPE_CHECKING:
@@ -330,13 +331,9 @@ def run_study(
         header, notes: further fields and sentences for the results' first line.
         again: the command that goes on after an interruption; the study's own by default.
     """
-    from rich.console import Console
-
-    from weft import report
     from weft.run.compare import Extras, compare
 
     command = study_command(study, output)
-    console = Console()
     with Progress() as progress:
         try:
             rows = compare(
@@ -353,55 +350,18 @@ def run_study(
             progress.stop()
             when = f"after {progress.done} of {progress.total} runs" if progress.total else "before the first run"
             raise WeftError(f"interrupted {when}; go on with: {again or command}") from None
-    report.html(output / "results.jsonl", output / "report.html")
-    console.print(report.terminal_table(output / "results.jsonl"))
-    failed = sum(row.get("status") == "failed" for row in rows)
-    if failed:
-        console.print(f"{failed} runs failed; the report says why, and --retry-failed tries them again.")
-    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
+    conclude(rows, output, "runs")
     return rows
 
 
-class Progress:
+class Progress(StudyBar):
     """One bar over the whole study on a terminal; elsewhere a line for each run."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
 
-        self.console = Console(soft_wrap=True)
-        self.bar: Bar | None = None
-        self.done = self.total = 0
-        if self.console.is_terminal:
-            self.bar = Bar(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("steps  {task.fields[text]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self.task = self.bar.add_task("study", total=None, text="")
-
-    def __enter__(self) -> Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.stop()
-
-    def stage(self, text: str) -> None:
-        """Something without runs to count; not worth a line of its own."""
-        if self.bar is not None:
-            self.bar.update(self.task, text=text)
+        text = TextColumn("steps  {task.fields[text]}")
+        super().__init__(BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
 
     def planned(self, plan: Plan, header: Row) -> None:
         """Show the plan above the bar."""
