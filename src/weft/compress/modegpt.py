@@ -56,8 +56,8 @@ from weft.errors import UsageError
 from weft.linear._codes import smallest_int
 from weft.linear._narrow import Narrow, filled
 from weft.linear._structured import Structured
-from weft.linear.narrow_attention import NarrowAttention, form_of
-from weft.linear.narrow_mlp import NarrowMlp, parts_of
+from weft.linear.narrow_attention import NarrowAttention
+from weft.linear.narrow_mlp import NarrowMlp
 from weft.registry import Card
 
 CARD = Card(
@@ -198,11 +198,11 @@ class Pair(Group):
 
     def decompose(self, seen: Mapping[str, Statistics], config: ModegptConfig) -> Tensors:
         """What every size is cut from."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define decompose()")
 
     def narrowed(self, module: nn.Module, tensors: Tensors, size: int) -> Narrow:
         """The module at that size."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define narrowed()")
 
 
 class Mlp(Pair):
@@ -412,7 +412,7 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
     """All pairs of known modules whose matrices can be compressed."""
     free = {layer.name: layer for layer in targets(model, None, None)}
     for name, module in model.named_modules():
-        attention, mlp = form_of(module), parts_of(module)
+        attention, mlp = NarrowAttention.form(module), NarrowMlp.form(module)
         if attention is not None:
             rotary, last = attention
             for kind, end, names in ((QueriesKeys, "qk", ("q_proj", "k_proj")), (ValuesOutput, "vo", ("v_proj", last))):

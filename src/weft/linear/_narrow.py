@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,15 +20,29 @@ from weft.linear._structured import Structured, bare_linear
 
 
 class Narrow(Structured):
-    """What narrow modules share; a kind defines `check`, `of`, `options` and `restored`."""
+    """What narrow modules share; a kind defines `stocks`, `of`, `options` and `restored`."""
 
     opaque = False
+    stocks: ClassVar[dict[str, Any]]  # by name of a stock class, what its form must know
     stock: ClassVar[type[nn.Module]]  # the class in whose place it stands
+    of: ClassVar[Callable[..., Any]]  # a module's form of other sizes, whose layers have no values
+
+    @classmethod
+    def form(cls, module: nn.Module) -> Any | None:
+        """What `stocks` says of a stock module's class; None of what cannot be narrow."""
+        stock = type(module)
+        return cls.stocks.get(stock.__name__) if stock.__module__.startswith("transformers.models.") else None
 
     @classmethod
     def check(cls, module: nn.Module) -> type[nn.Module]:
         """The stock class of a module that can be narrow. Raises UsageError, by name, for any other."""
-        raise NotImplementedError(f"{cls.__name__} must define check")
+        if cls.form(module) is None:
+            raise UsageError(f"{type(module).__name__} has no {cls.kind} form: there are {', '.join(cls.stocks)}")
+        return type(module)
+
+    @classmethod
+    def for_place(cls, stock: nn.Module) -> Callable[..., Structured]:
+        return functools.partial(cls.of, stock)
 
     @classmethod
     def like(cls, module: nn.Module) -> Self:

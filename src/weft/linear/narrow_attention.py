@@ -18,7 +18,6 @@ Llama's, Qwen2's, Qwen3's and OPT's attention, through transformers' attention f
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any, Self
@@ -31,26 +30,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from weft.errors import UsageError
 from weft.linear._codes import smallest_int
 from weft.linear._narrow import Narrow, filled, resized
-from weft.linear._structured import Structured
-
-# by stock class: whether positions turn pairs of coordinates, and the name of the last layer
-STOCK = {
-    "LlamaAttention": (True, "o_proj"),
-    "Qwen2Attention": (True, "o_proj"),
-    "Qwen3Attention": (True, "o_proj"),
-    "OPTAttention": (False, "out_proj"),
-}
-
-
-def form_of(module: nn.Module) -> tuple[bool, str] | None:
-    """Of a stock attention: whether positions are rotary, and its last layer's name; None of what cannot be narrow."""
-    stock = type(module)
-    return STOCK.get(stock.__name__) if stock.__module__.startswith("transformers.models.") else None
 
 
 class NarrowAttention(Narrow):
     """A stock attention with heads of `qk` and `v` coordinates."""
 
+    # whether positions turn pairs of coordinates, and the name of the last layer
+    stocks = {
+        "LlamaAttention": (True, "o_proj"),
+        "Qwen2Attention": (True, "o_proj"),
+        "Qwen3Attention": (True, "o_proj"),
+        "OPTAttention": (False, "out_proj"),
+    }
     config: Any
     head_dim: int  # the stock h
     layer_idx: int
@@ -65,16 +56,10 @@ class NarrowAttention(Narrow):
     pairs: Tensor | None  # G × qk/2; None where no pair is missing, or there are none
 
     @classmethod
-    def check(cls, module: nn.Module) -> type[nn.Module]:
-        if form_of(module) is None:
-            raise UsageError(f"{type(module).__name__} has no {cls.kind} form: there are {', '.join(STOCK)}")
-        return type(module)
-
-    @classmethod
     def of(cls, module: Any, *, qk: int | None = None, v: int | None = None) -> Self:
         """A stock or narrow attention with heads of other sizes; the layers of those that are given have no values."""
         made = cls.like(module)
-        rotary, last = STOCK[made.stock.__name__]
+        rotary, last = cls.stocks[made.stock.__name__]
         whole = made.head_dim
         heads, groups = (layer.out_features // getattr(module, "qk", whole) for layer in (module.q_proj, module.k_proj))
         if not hasattr(module, "qk"):
@@ -100,10 +85,6 @@ class NarrowAttention(Narrow):
             bias = out.bias is not None or (values.bias is not None and not stays)
             setattr(made, last, resized(out, in_=heads * v, bias=bias))
         return made
-
-    @classmethod
-    def for_place(cls, stock: nn.Module) -> Callable[..., Structured]:
-        return functools.partial(cls.of, stock)
 
     def options(self) -> dict[str, Any]:
         return {"qk": self.qk, "v": self.v}
@@ -152,10 +133,10 @@ class NarrowAttention(Narrow):
             sliding_window=getattr(self, "sliding_window", None),
             **kwargs,
         )
-        return getattr(self, STOCK[self.stock.__name__][1])(out.flatten(2)), weights
+        return getattr(self, self.stocks[self.stock.__name__][1])(out.flatten(2)), weights
 
     def restored(self, place: nn.Module) -> nn.Module:
-        made, last, h = self.as_stock(), STOCK[self.stock.__name__][1], self.head_dim
+        made, last, h = self.as_stock(), self.stocks[self.stock.__name__][1], self.head_dim
         if self.qk < h:
             for name in ("q_proj", "k_proj"):
                 old = getattr(self, name)

@@ -8,8 +8,6 @@ make a stock MLP of it again, with the same outputs.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Self
 
 from torch import nn
@@ -17,40 +15,26 @@ from torch.nn.functional import pad
 
 from weft.errors import UsageError
 from weft.linear._narrow import Narrow, filled, resized
-from weft.linear._structured import Structured
-
-# by stock class: the layers that give the units, and the one that takes them
-PARTS = {
-    "LlamaMLP": (("gate_proj", "up_proj"), "down_proj"),
-    "Qwen2MLP": (("gate_proj", "up_proj"), "down_proj"),
-    "Qwen3MLP": (("gate_proj", "up_proj"), "down_proj"),
-    "OPTDecoderLayer": (("fc1",), "fc2"),
-}
-
-
-def parts_of(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
-    """The names of the layers into and out of the units of a stock MLP; None where it is none that can be narrow."""
-    stock = type(module)
-    return PARTS.get(stock.__name__) if stock.__module__.startswith("transformers.models.") else None
 
 
 class NarrowMlp(Narrow):
     """A stock MLP of `size` units."""
 
+    # the layers that give the units, and the one that takes them
+    stocks = {
+        "LlamaMLP": (("gate_proj", "up_proj"), "down_proj"),
+        "Qwen2MLP": (("gate_proj", "up_proj"), "down_proj"),
+        "Qwen3MLP": (("gate_proj", "up_proj"), "down_proj"),
+        "OPTDecoderLayer": (("fc1",), "fc2"),
+    }
     size: int
     whole: int  # units of the stock MLP
-
-    @classmethod
-    def check(cls, module: nn.Module) -> type[nn.Module]:
-        if parts_of(module) is None:
-            raise UsageError(f"{type(module).__name__} has no {cls.kind} form: there are {', '.join(PARTS)}")
-        return type(module)
 
     @classmethod
     def of(cls, module: Any, *, size: int) -> Self:
         """A stock MLP's form of so many units, whose layers have no values."""
         made = cls.like(module)
-        into, out = PARTS[made.stock.__name__]
+        into, out = cls.stocks[made.stock.__name__]
         whole = getattr(module, out).in_features
         if not 1 <= size <= whole:
             raise UsageError(f"size={size}: an MLP of {whole} units has 1 to {whole}")
@@ -60,16 +44,12 @@ class NarrowMlp(Narrow):
         setattr(made, out, resized(getattr(module, out), in_=size))
         return made
 
-    @classmethod
-    def for_place(cls, stock: nn.Module) -> Callable[..., Structured]:
-        return functools.partial(cls.of, stock)
-
     def options(self) -> dict[str, Any]:
         return {"size": self.size}
 
     def restored(self, place: nn.Module) -> nn.Module:
         made = self.as_stock()
-        into, out = PARTS[self.stock.__name__]
+        into, out = self.stocks[self.stock.__name__]
         more = self.whole - self.size
         for name in into:
             old = getattr(self, name)
