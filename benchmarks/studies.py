@@ -60,7 +60,7 @@ def glue(task: str, source: Path, folder: Path) -> list[str]:
     train = rows("train")[:2200]
     for name, part in (("train", train[:2000]), ("validation", train[2000:]), ("test", rows("dev")[:400])):
         write_rows(folder / f"{name}.jsonl", part)
-    options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "96"]
+    options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "96", "--grid-steps", "50"]
     return ["--model", str(encoder(folder.parent)), "--budget", "params=40k,steps=125", *options]
 
 
