@@ -35,7 +35,7 @@ import weft  # noqa: E402
 GENERATED = DOCS / "generated"
 MARKERS = ("<!-- methods: python docs/generate.py --readme -->", "<!-- /methods -->")
 
-PILLARS = {"adapters": "Adapters", "compress": "Compression"}  # as headings
+PILLARS = {"adapters": "Adapters", "compress": "Compression", "optim": "Optimisers"}  # as headings
 
 EXPORTS = {
     "exact": "A plain LoRA gives the same outputs.",
@@ -117,7 +117,7 @@ def method_page(slug: str) -> str:
         _usage(slug, card),
         "## Options",
         _options(slug),
-        *(["## Recipe", _recipe(card)] if card.pillar == "adapters" else []),
+        *(["## Recipe", _recipe(card)] if card.pillar in ("adapters", "optim") else []),
         "## What to expect",
         _facts(card),
         "## Where it works" if card.pillar == "adapters" else "",
@@ -128,6 +128,10 @@ def method_page(slug: str) -> str:
 
 
 def _recipe(card: weft.Card) -> str:
+    if card.pillar == "optim":
+        rows = [[RECIPE.get(key, key), f"`{value}`"] for key, value in card.recipe.items()]
+        lead = "What suits it; `weft.optim.for_trainer` takes its learning rate and weight decay where nothing is said."
+        return lead + "\n\n" + table(["setting", "value"], rows)
     if not card.recipe:
         return "It has none of its own: it trains as PEFT's LoRA does."
     rows = [[RECIPE.get(key, key), f"`{value}`"] for key, value in card.recipe.items()]
@@ -151,6 +155,14 @@ def _usage(slug: str, card: weft.Card) -> str:
             f"```sh\nweft compress --model builtin:pycode{flag} \\\n    --method {slug} "
             f"--{card.knob.replace('_', '-')} {value} --output runs/{slug}\n```"
         ).replace(repr(slug), f'"{slug}"')
+    if card.pillar == "optim":
+        value = getattr(weft.config_class(slug)(), card.knob)
+        return (
+            "```python\nimport weft.optim\n\n"
+            f"optimizer = weft.optim.optimizer({slug!r}, model, {card.knob}={value})  # in a loop of your own\n\n"
+            f"made = weft.optim.for_trainer({slug!r}, model, {card.knob}={value})  # with Hugging Face's Trainer\n"
+            "trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=made)\n```"
+        ).replace(repr(slug), f'"{slug}"')
     config = weft.config_class(slug).__name__
     lines = ["import weft", "from peft import get_peft_model", "", f"config = weft.{config}()"]
     if card.needs:
@@ -164,12 +176,14 @@ def _options(slug: str) -> str:
     """The method's own options, then those that it shares with the other methods of its pillar."""
     from weft.adapters._config import AdapterConfig
     from weft.compress._config import CompressConfig
+    from weft.optim._config import OptimConfig
     from weft.run.options import from_config
 
     pillar, every = weft.card(slug).pillar, from_config(weft.config_class(slug))
     common, what = {
         "adapters": (AdapterConfig, "Where it attaches: the options that all adapters share"),
         "compress": (CompressConfig, "How much, of what: the options that all compression methods share"),
+        "optim": (OptimConfig, "Adam's own: the options that all optimisers share"),
     }[pillar]
     shared = {option.name for option in from_config(common)}
     own = [option for option in every if option.name not in shared]
@@ -201,6 +215,9 @@ def _facts(card: weft.Card) -> str:
         kinds = factoriser(card.slug, weft.config_class(card.slug)()).kinds
         made = " or ".join(f"`{kind}`" for kind in kinds)
         facts = [["each layer becomes", made], ["it needs", ", ".join(card.needs) or "nothing"]]
+        return table(["", ""], facts + reasons)
+    if card.pillar == "optim":
+        facts = [["its state's size is set by", f"`{card.knob}`"], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."

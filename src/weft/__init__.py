@@ -36,12 +36,14 @@ _EAGER = ("Card", "UsageError", "WeftError", "card", "cards", "config_class")
 def _config_names() -> dict[str, str]:
     return {
         class_name(slug, "Config"): f"weft.{pillar}.{slug}"
-        for pillar in ("adapters", "compress")
+        for pillar in ("adapters", "compress", "optim")
         for slug in cards(pillar)
     }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return importlib.import_module("weft.optim")
     module = _LAZY.get(name) or (_config_names().get(name) if name.endswith("Config") else None)
     if module is None:
         raise AttributeError(f"module 'weft' has no attribute {name!r}")
@@ -49,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_EAGER, *_LAZY, *_config_names(), "__version__"])
+    return sorted([*_EAGER, *_LAZY, *_config_names(), "optim", "__version__"])
 
 
 class _Weft(ModuleType):

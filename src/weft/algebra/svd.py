@@ -74,6 +74,27 @@ def svd_sketch(
     return (basis @ u).contiguous(), s, vh
 
 
+def leading_vectors(
+    w: Tensor, r: int, *, start: Tensor | None = None, power: int = 1, generator: torch.Generator
+) -> Tensor:
+    """About the r leading right singular vectors of w (out × in), in descending order: orthonormal columns (in × r).
+
+    Block power iteration, 4·out·in·r operations each, and Rayleigh-Ritz at the end. It begins at `start` (in × r), say
+    the vectors of an earlier w that resembles this one, else at random. Signs are canonical: the largest-magnitude
+    entry of each column is positive. Where w has fewer directions, any orthonormal ones complete the basis.
+    """
+    wide = torch.promote_types(w.dtype, torch.float32)
+    w = w.to(wide)
+    w = w / w.abs().max().clamp(min=torch.finfo(wide).tiny)  # squares neither overflow nor vanish
+    x = start.to(wide) if start is not None else torch.randn(w.shape[1], r, generator=generator, dtype=wide).to(w)
+    for _ in range(power):
+        x = torch.linalg.qr(w.mT @ (w @ x)).Q
+    y = w @ x
+    rotation = torch.linalg.eigh(y.mT @ y).eigenvectors.flip(1)
+    x = x @ rotation
+    return (x * _row_signs(x.mT)).contiguous()
+
+
 def _range(w: Tensor, q: int, power: int, generator: torch.Generator) -> Tensor:
     """Orthonormal columns (out × q) that hold most of w's q leading left singular vectors."""
     y = w @ torch.randn(w.shape[1], q, generator=generator, dtype=torch.float32).to(w)
@@ -219,9 +240,14 @@ def _all_left_vectors(m: Tensor, k: int, squares: torch.dtype) -> tuple[Tensor, 
 
 def canonical_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     """Flip pairs (u_i, v_i) so that the largest-magnitude entry of every v_i is positive."""
-    pivot = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)  # (r,)
-    sign = torch.where(pivot < 0, -1.0, 1.0).to(vh)
+    sign = _row_signs(vh)
     return u * sign, vh * sign[:, None]
+
+
+def _row_signs(vh: Tensor) -> Tensor:
+    """The sign of each row's largest-magnitude entry, 1 for a zero row."""
+    pivot = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    return torch.where(pivot < 0, -1.0, 1.0).to(vh)
 
 
 def rank_for_energy(s: Tensor, energy: float) -> int:

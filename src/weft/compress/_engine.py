@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 
 from weft import registry
 from weft.algebra.random import checksum
+from weft.anatomy import blocks
 from weft.compress._allocate import READS, TRIED, Menu, Sizes, tried
 from weft.compress._calibration import Corpus, calibrate, corpora, fingerprint, influences, mean_loss
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, factoriser
-from weft.compress._layers import Layer, Unit, blocks, type_of
+from weft.compress._layers import Layer, Unit, type_of
 from weft.compress._store import Store
 from weft.errors import UsageError
 from weft.linear._transformers import attach_format

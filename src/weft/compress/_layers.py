@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weft.anatomy import blocks, heads
 from weft.errors import UsageError
 from weft.linear._structured import Structured
+from weft.patterns import selection
 
 LINEAR = (nn.Linear, Conv1D)
 Types = tuple[type[nn.Module], ...]
-_REGEX = re.compile(r"[*+?()\[\]|\\^$]")  # a string with one of these is a regex, any other a name's ending
 
 
 @dataclass(frozen=True)
@@ -105,20 +104,6 @@ def type_of(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model, in order: the entries of the module list that holds most of its weights."""
-    best: dict[str, nn.Module] = {}
-    most = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
-            size = sum(p.numel() for p in module.parameters())
-            inner = [m for m in module.modules() if m is not module and isinstance(m, nn.ModuleList)]
-            if size > most and not any(sum(p.numel() for p in m.parameters()) == size for m in inner):
-                most = size
-                best = {f"{name}.{i}" if name else str(i): child for i, child in enumerate(module)}
-    return best
-
-
 def targets(
     model: nn.Module, include: list[str] | str | None, exclude: list[str] | str | None, types: Types = LINEAR
 ) -> list[Layer]:
@@ -131,12 +116,11 @@ def targets(
     shared: dict[int, int] = {}
     for parameter in (p for _, p in model.named_parameters(remove_duplicate=False)):
         shared[id(parameter)] = shared.get(id(parameter), 0) + 1
-    apart = {id(part) for part in _heads(model)}
+    apart = {id(part) for part in heads(model)}
     structured = (layer for layer in model.modules() if isinstance(layer, Structured) and layer.opaque)
     apart |= {id(part) for layer in structured for part in layer.modules()}
     places = blocks(model)
-    included = matches(include) if include is not None else lambda name: True
-    excluded = matches(exclude) if exclude is not None else lambda name: False
+    chosen = selection(include, exclude)
     found, there = [], []
     noun = "linear layer" if types == LINEAR else "layer"
     for name, module in model.named_modules():
@@ -146,7 +130,7 @@ def targets(
         if id(module) in apart or shared.get(id(weight), 0) > 1 or not weight.is_floating_point():
             continue
         there.append(name)
-        if included(name) and not excluded(name):
+        if chosen(name):
             block = next((b for b in places if name.startswith(f"{b}.")), "")
             found.append(Layer(name, module, block))
     if not there:
@@ -161,21 +145,3 @@ def _is_a_matrix(module: Any) -> bool:
     if isinstance(module, nn.Embedding):
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
     return not isinstance(module, nn.Conv2d) or module.groups == 1
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    named = [getattr(model, name) for name in ("score", "classifier", "lm_head") if hasattr(model, name)]
-    return [m for part in [head, *named] if isinstance(part, nn.Module) for m in part.modules()]
-
-
-def matches(pattern: list[str] | str) -> Callable[[str], bool]:
-    """A test of module names: endings between dots ("mlp.up_proj"), or one regular expression of the whole name."""
-    if isinstance(pattern, str) and _REGEX.search(pattern):
-        try:
-            whole = re.compile(pattern)
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
-        return lambda name: whole.fullmatch(name) is not None
-    endings = pattern.split(",") if isinstance(pattern, str) else pattern
-    return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in endings)

@@ -51,13 +51,14 @@ from weft.compress._allocate import Menus, Sizes, allocate, block_influence
 from weft.compress._calibration import Statistics
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, Tensors, left_over, moment
-from weft.compress._layers import Group, Layer, matches, targets
+from weft.compress._layers import Group, Layer, targets
 from weft.errors import UsageError
 from weft.linear._codes import smallest_int
 from weft.linear._narrow import Narrow, filled
 from weft.linear._structured import Structured
 from weft.linear.narrow_attention import NarrowAttention
 from weft.linear.narrow_mlp import NarrowMlp
+from weft.patterns import selection
 from weft.registry import Card
 
 CARD = Card(
@@ -370,9 +371,8 @@ class ModegptFactoriser(Factoriser[ModegptConfig]):
                 f"modegpt knows the pairs of Llama, Qwen2, Qwen3 and OPT, and {type(model).__name__} {has}"
             )
         include, exclude = self.config.include, self.config.exclude
-        included = matches(include) if include is not None else lambda name: True
-        excluded = matches(exclude) if exclude is not None else lambda name: False
-        pairs = [pair for pair in found if included(pair.name) and not excluded(pair.name)]
+        chosen = selection(include, exclude)
+        pairs = [pair for pair in found if chosen(pair.name)]
         if not pairs:
             names = ", ".join(sorted({pair.name.rpartition(".")[2] for pair in found}))
             raise UsageError(f"include={include!r}, exclude={exclude!r} leave nothing; there are: {names}")

@@ -73,7 +73,7 @@ def _reach(model: Any, length: float) -> tuple[dict[str, float], dict[str, float
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from weft.compress._layers import blocks
+    from weft.anatomy import blocks
 
     starts = {id(block) for block in blocks(model).values()}
     config = model.config.get_text_config()

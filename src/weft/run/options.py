@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from typing import Any, Literal, Union
 
 from weft.errors import UsageError, nearest
-
-# A string with one of these is a regular expression over whole module names; any other is one or more name endings.
-_REGEX = re.compile(r"[*+?()\[\]|\\^$]")
+from weft.patterns import is_regex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +118,7 @@ def coerce(value: Any, annotation: Any) -> Any:
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
     """The first member that fits; text is tried last as text, and where a list of text is possible, as that list."""
     if isinstance(value, str) and str in members and list[str] in members:
-        if value == "all-linear" or _REGEX.search(value):
+        if value == "all-linear" or is_regex(value):
             return value
         return coerce(value, list[str])
     order = [type(None), bool, int, float]

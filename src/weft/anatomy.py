@@ -1,0 +1,28 @@
+"""What a model consists of: its blocks, its output heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, in order: the entries of the module list that holds most of its weights."""
+    best: dict[str, nn.Module] = {}
+    most = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
+            size = sum(p.numel() for p in module.parameters())
+            inner = [m for m in module.modules() if m is not module and isinstance(m, nn.ModuleList)]
+            if size > most and not any(sum(p.numel() for p in m.parameters()) == size for m in inner):
+                most = size
+                best = {f"{name}.{i}" if name else str(i): child for i, child in enumerate(module)}
+    return best
+
+
+def heads(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model's output head, whatever it is called; none where it has none."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [getattr(model, name) for name in ("score", "classifier", "lm_head") if hasattr(model, name)]
+    return [m for part in [head, *named] if isinstance(part, nn.Module) for m in part.modules()]

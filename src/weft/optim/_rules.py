@@ -1,0 +1,201 @@
+"""Inner rules: what becomes of a gradient, projected or not, before it moves a weight.
+
+A rule turns a gradient R into a direction N and a number, such that W moves by −number·lift(N). It knows nothing of
+projections: the same rule serves the parameters that are not projected. Moments are float32 at least.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.errors import UsageError, nearest
+from weft.optim._optimizer import Group, State
+
+Number = float | Tensor  # a tensor where the step is compiled, so that a new value is no new graph
+
+
+class Rule(Protocol):
+    """One inner rule."""
+
+    def start(self, r: Tensor, group: Group) -> State:
+        """The state before the first step, for a gradient like r."""
+
+    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
+        """What changes from step to step; steps count from 1."""
+
+    def direction(
+        self, state: State, r: Tensor, group: Group, numbers: Sequence[Number]
+    ) -> tuple[Tensor, Number]:
+        """N and the number that it is to be multiplied by; the state moves on. Of the group: its constants."""
+
+
+class AdamW:
+    """Adam; `eps` is added to √v as it is, before v is corrected for its start at zero."""
+
+    def start(self, r: Tensor, group: Group) -> State:
+        return {"exp_avg": torch.zeros_like(r), "exp_avg_sq": torch.zeros_like(r)}
+
+    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
+        b1, b2 = group["betas"]
+        return (group["lr"] * math.sqrt(1 - b2**step) / (1 - b1**step),)
+
+    def direction(
+        self, state: State, r: Tensor, group: Group, numbers: Sequence[Number]
+    ) -> tuple[Tensor, Number]:
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        return _adam(m, v, r, group), numbers[0]
+
+
+def _adam(m: Tensor, v: Tensor, r: Tensor, group: Group) -> Tensor:
+    """m / (√v + eps) of the moments, which are moved on in place."""
+    b1, b2 = group["betas"]
+    m.lerp_(r, 1 - b1)
+    v.mul_(b2).addcmul_(r, r, value=1 - b2)
+    denominator = v.sqrt().add_(group["eps"])
+    return torch.div(m, denominator, out=denominator) if not torch.compiler.is_compiling() else m / denominator
+
+
+class Sgd:
+    """The gradient itself."""
+
+    def start(self, r: Tensor, group: Group) -> State:
+        return {}
+
+    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
+        return (group["lr"],)
+
+    def direction(
+        self, state: State, r: Tensor, group: Group, numbers: Sequence[Number]
+    ) -> tuple[Tensor, Number]:
+        return r, numbers[0]
+
+
+class Adafactor:
+    """Hugging Face's Adafactor with the learning rate that is given and no first moment: row and column means of R².
+
+    β₂ₜ = 1 − t^−0.8; the direction's root mean square is clipped at 1.
+    """
+
+    _TINY, _CLIP, _DECAY = 1e-30, 1.0, -0.8
+
+    def start(self, r: Tensor, group: Group) -> State:
+        if r.dim() < 2:
+            return {"exp_avg_sq": torch.zeros_like(r)}
+        return {
+            "exp_avg_sq_row": r.new_zeros(r.shape[:-1]),
+            "exp_avg_sq_col": r.new_zeros(r.shape[:-2] + r.shape[-1:]),
+        }
+
+    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
+        return group["lr"], 1 - step**self._DECAY
+
+    def direction(
+        self, state: State, r: Tensor, group: Group, numbers: Sequence[Number]
+    ) -> tuple[Tensor, Number]:
+        lr, b2 = numbers
+        square = r.square().add_(self._TINY)
+        if r.dim() < 2:
+            v = state["exp_avg_sq"]
+            v.lerp_(square, torch.as_tensor(1 - b2, dtype=v.dtype))
+            n = r * v.rsqrt()
+        else:
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            weight = torch.as_tensor(1 - b2, dtype=row.dtype)
+            row.lerp_(square.mean(-1), weight)
+            col.lerp_(square.mean(-2), weight)
+            n = r * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+        rms = torch.linalg.vector_norm(n) / math.sqrt(n.numel())
+        return n / (rms / self._CLIP).clamp(min=1.0), lr
+
+
+class AdamW8bit:
+    """AdamW whose moments are one byte each: blocks of 256 numbers with one scale and a dynamic 8-bit code.
+
+    Codes and scales are torchao's. A tensor of fewer than 4096 numbers keeps float32 moments.
+    """
+
+    _BLOCK, _LEAST = 256, 4096
+
+    def start(self, r: Tensor, group: Group) -> State:
+        if r.numel() < self._LEAST:
+            return AdamW().start(r, group)
+        blocks = -(-r.numel() // self._BLOCK)
+        zero = {"exp_avg": _code(True).index(0.0), "exp_avg_sq": _code(False).index(0.0)}
+        state: State = {}
+        for name, code in zero.items():
+            state[f"{name}_codes"] = torch.full((blocks, self._BLOCK), code, dtype=torch.uint8, device=r.device)
+            state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=r.device)
+        return state
+
+    numbers = AdamW.numbers
+
+    def direction(
+        self, state: State, r: Tensor, group: Group, numbers: Sequence[Number]
+    ) -> tuple[Tensor, Number]:
+        if "exp_avg" in state:
+            return AdamW().direction(state, r, group, numbers)
+        m, v = self._read(state, "exp_avg", True).to(r.dtype), self._read(state, "exp_avg_sq", False).to(r.dtype)
+        flat = torch.nn.functional.pad(r.flatten(), (0, m.numel() - r.numel())).view_as(m)
+        b1, b2 = group["betas"]
+        m.lerp_(flat, 1 - b1)
+        v.mul_(b2).addcmul_(flat, flat, value=1 - b2)
+        self._write(state, "exp_avg", True, m)
+        self._write(state, "exp_avg_sq", False, v)
+        n = m / v.sqrt_().add_(group["eps"])
+        return n.flatten()[: r.numel()].view_as(r), numbers[0]
+
+    def _read(self, state: State, name: str, signed: bool) -> Tensor:
+        codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+        return torch.nn.functional.embedding(codes.int(), _map(signed, codes.device)[:, None])[..., 0] * scale[:, None]
+
+    def _write(self, state: State, name: str, signed: bool, x: Tensor) -> None:
+        scale = x.abs().amax(1).clamp(min=1e-12).float()
+        unit = x.float() / scale[:, None]
+        state[f"{name}_scale"].copy_(scale)
+        state[f"{name}_codes"].copy_(_nearest_codes(unit, _map(signed, x.device)))
+
+
+@functools.cache
+def _code(signed: bool) -> list[float]:
+    """The 256 values that a byte stands for, ascending, in −1…1 or 0…1: dense near zero, coarse near one."""
+    try:
+        from torchao.optim.quant_utils import create_dynamic_map
+    except ImportError as error:
+        raise UsageError("8-bit moments need torchao: pip install 'weft[quantised]'") from error
+    return create_dynamic_map(signed)
+
+
+@functools.lru_cache(maxsize=8)
+def _map(signed: bool, device: torch.device) -> Tensor:
+    return torch.tensor(_code(signed), dtype=torch.float32, device=device)
+
+
+def _nearest_codes(unit: Tensor, code: Tensor) -> Tensor:
+    """The place in `code` of what is nearest to each entry. bitsandbytes' kernel where it is installed, else torchao's.
+
+    The kernel was the fastest of the two, and of torchao's compiled (`benchmarks/optimisers.py --eight-bit`).
+    """
+    if importlib.util.find_spec("bitsandbytes") is not None and not torch.compiler.is_compiling():
+        from bitsandbytes.functional import quantize_blockwise
+
+        return quantize_blockwise(unit.contiguous(), code=code, blocksize=unit.shape[1])[0].view_as(unit)
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+    return quantize_8bit_with_qmap(unit, code)
+
+
+RULES: dict[str, type[Rule]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "adafactor": Adafactor, "sgd": Sgd}
+
+
+def rule(name: str) -> Rule:
+    """The inner rule of this name. Raises UsageError that suggests the nearest."""
+    if name not in RULES:
+        raise UsageError(f"unknown inner rule {name!r}: {nearest(name, RULES)}")
+    return RULES[name]()

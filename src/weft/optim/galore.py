@@ -1,0 +1,188 @@
+"""GaLore: every weight is trained, and Adam's moments live in the gradient's leading subspace.
+
+Jiawei Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024,
+arXiv 2403.03507.
+
+    every T = update_proj_gap steps     G = U·Σ·Vᵀ,   P = V[:, :r]ᵀ (r × in)   or, where out < in,   P = U[:, :r]
+    R = G·Pᵀ   (out × r)                m ← β₁m + (1 − β₁)R,   v ← β₂v + (1 − β₂)R²,   N = m / (√v + eps)
+    W ← (1 − lr·λ)·(W − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ) · scale · N·P)
+
+The basis is that of the shorter side, so that moments are r × max(out, in). `proj_type` is "std", as above, "left" or
+"right" for a fixed side, "reverse_std" for the longer one, "full" for both at once: R = UᵀGV is r × r. Moments are
+kept across refreshes as they are, neither turned nor reset; signs of P are canonical, so a direction that stays keeps
+its momentum. `scale` multiplies the update and nothing else. eps is not divided by v's correction.
+
+svd="exact" decomposes G whole. svd="warm", the default, takes one block power step from the basis in force (three from
+a random one at first), with Rayleigh-Ritz at the end: a handful of matrix products. With full rank nothing is lost, but
+it is not AdamW: the rule acts on rotated coordinates.
+
+State of one matrix: r·min(out, in) for P, in the gradient's dtype, and 2·r·max(out, in) for the moments, float32 at
+least. `inner` says what the moments are: adamw, adamw8bit (one byte each), adafactor (row and column means; HF's with
+the learning rate that is given and no first moment) or sgd. The authors' per-layer update is
+`weft.optim.update_in_backward`. (In their code its hook fires twice, which doubles T and the schedule.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Size, Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from weft.algebra.random import generator
+from weft.algebra.svd import leading_vectors, svd_top
+from weft.errors import UsageError, nearest
+from weft.optim._config import ProjectedConfig
+from weft.optim._groups import param_groups
+from weft.optim._optimizer import Group, State, whole
+from weft.optim._projected import Projected
+from weft.optim._rules import Number
+from weft.registry import Card
+
+CARD = Card(
+    title="GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+    arxiv="2403.03507",
+    year=2024,
+    summary="full-parameter training with Adam's moments in the leading subspace of each gradient",
+    knob="rank",
+    recipe={"learning_rate": 0.01, "weight_decay": 0.0, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
+    limitations="Moments keep their coordinates when the subspace is chosen anew; frequent refreshes blur them.",
+)
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+_COLD = 3  # power steps from a random basis
+
+
+@dataclass
+class GaloreConfig(ProjectedConfig):
+    """Options of GaLore."""
+
+    scale: float = field(default=0.25, metadata={"help": "multiplies the lifted update (the authors' fine-tuning: 4)"})
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = field(
+        default="std", metadata={"help": "which side is projected: the shorter (std), the longer, a fixed one, or both"}
+    )
+    inner: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = field(
+        default="adamw", metadata={"help": "the rule inside of the subspace"}
+    )
+    svd: Literal["warm", "exact"] = field(
+        default="warm", metadata={"help": "how it is found: power steps from the last one, or a whole decomposition"}
+    )
+    stagger: bool = field(default=False, metadata={"help": "refresh the matrices in turn, not all in one step"})
+    eps: float = field(default=1e-6, metadata={"help": "added to √v"})
+
+
+class Galore(Projected):
+    """GaLore's AdamW, 8-bit AdamW, Adafactor or SGD; groups without `rank` take the same rule unprojected."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        svd: str = "warm",
+        inner: str = "adamw",
+        stagger: bool = False,
+        compile: bool = False,
+    ) -> None:
+        """
+        Args:
+            params: groups as in `{"params": ..., "rank": 128, "update_proj_gap": 200, "scale": 0.25}`, beside groups
+                without a rank; `weft.optim.param_groups` makes both.
+            inner, stagger, compile: see `Projected`.
+        """
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank}
+        defaults |= {"update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "svd": svd}
+        super().__init__(params, defaults, inner=inner, stagger=stagger, compile=compile)
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        for key, known in (("proj_type", PROJ_TYPES), ("svd", ("warm", "exact"))):
+            if group[key] not in known:
+                raise UsageError(f"Galore: unknown {key} {group[key]!r}: {nearest(str(group[key]), known)}")
+
+    def projector(self, group: Group, p: Tensor) -> Basis:
+        out, in_ = p.shape
+        kind = group["proj_type"]
+        if kind in ("std", "reverse_std"):
+            kind = "right" if (out >= in_) == (kind == "std") else "left"
+        return _basis(kind, group["rank"], group["svd"])
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal bases of the gradient's sides: rows P (r × in) on the right, columns Q (out × r) on the left."""
+
+    kind: str
+    rank: int
+    svd: str
+
+    def fit(self, state: State, g: Tensor, like: Tensor, key: tuple[object, ...]) -> None:
+        sides = ("left", "right") if self.kind == "full" else (self.kind,)
+        if all(side in state for side in sides) and not bool(g.any()):
+            return  # nothing to choose by
+        exact = svd_top(g, self.rank) if self.svd == "exact" else None
+        for side in sides:
+            turned = g if side == "right" else g.mT
+            if exact is not None:
+                basis = exact[2].mT if side == "right" else exact[0]
+            else:
+                last = whole(state[side]).to(turned.device) if side in state else None
+                last = last.mT if last is not None and side == "right" else last
+                power = _COLD if last is None else 1
+                basis = leading_vectors(turned, self.rank, start=last, power=power, generator=generator(*key, side))
+            basis = (basis.mT if side == "right" else basis).to(g.dtype).contiguous()
+            if side == "left" and isinstance(like, DTensor):  # its rows go where W's rows are
+                basis = distribute_tensor(basis, like.device_mesh, like.placements, src_data_rank=None)
+            state[side] = basis
+
+    def down(self, state: State, g: Tensor) -> Tensor:
+        if "left" in state:
+            g = state["left"].mT @ g
+            if isinstance(g, DTensor):  # each process has the sum over its rows
+                to = [Replicate() if self.kind == "full" or p.is_replicate() else Shard(1) for p in g.placements]
+                g = g.redistribute(placements=to)
+        if "right" not in state:
+            return g
+        if not isinstance(g, DTensor):
+            return g @ state["right"].mT
+        local, shape, stride = g.to_local() @ state["right"].mT, Size((g.shape[0], self.rank)), (self.rank, 1)
+        return DTensor.from_local(local, g.device_mesh, g.placements, run_check=False, shape=shape, stride=stride)
+
+    def lift_(self, state: State, w: Tensor, n: Tensor, alpha: Number, beta: Number) -> None:
+        n = n.to(w.dtype)
+        if isinstance(w, DTensor):
+            w = w.to_local()
+            n = n.full_tensor() if "left" in state else n.to_local()  # type: ignore[attr-defined]
+        if "left" in state:
+            left = state["left"]
+            a = left.to_local() if isinstance(left, DTensor) else left
+            b = n @ state["right"] if "right" in state else n
+        else:
+            a, b = n, state["right"]
+        if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+            w.copy_(w * beta + alpha * (a @ b))
+        else:
+            w.addmm_(a, b, alpha=alpha, beta=beta)
+
+
+@functools.cache
+def _basis(kind: str, rank: int, svd: str) -> Basis:
+    return Basis(kind, rank, svd)
+
+
+def arguments(config: GaloreConfig, model: nn.Module, weight_decay: float) -> dict[str, Any]:
+    """What `Galore` takes for this model."""
+    chosen = {name: getattr(config, name) for name in ("rank", "update_proj_gap", "scale", "proj_type", "svd")}
+    groups = param_groups(model, target_modules=config.target_modules, weight_decay=weight_decay, **chosen)
+    rest = {name: getattr(config, name) for name in ("betas", "eps", "inner", "stagger")}
+    return {"params": groups, "weight_decay": weight_decay, **rest}
