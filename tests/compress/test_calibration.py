@@ -5,8 +5,8 @@ import torch
 from models import MODELS, Plain, batches, gpt2, llama, tokens
 from torch import nn
 
-from weft.compress._calibration import Corpus, calibrate, influences
 from weft.anatomy import blocks
+from weft.compress._calibration import Corpus, calibrate, influences
 from weft.compress._layers import targets
 from weft.errors import UsageError
 
