@@ -12,8 +12,8 @@ The basis is that of the shorter side, so that moments are r × max(out, in). `p
 kept across refreshes as they are, neither turned nor reset; signs of P are canonical, so a direction that stays keeps
 its momentum. `scale` multiplies the update and nothing else. eps is not divided by v's correction.
 
-svd="exact" decomposes G whole. svd="warm", the default, takes one block power step from the basis in force (three from
-a random one at first), with Rayleigh-Ritz at the end: a handful of matrix products. With full rank nothing is lost, but
+svd="exact" decomposes G whole. svd="warm", the default, takes two block power steps from the basis in force (three from
+a random one at first) with Rayleigh-Ritz at the end: a handful of matrix products. With full rank nothing is lost, but
 it is not AdamW: the rule acts on rotated coordinates.
 
 State of one matrix: r·min(out, in) for P, in the gradient's dtype, and 2·r·max(out, in) for the moments, float32 at
@@ -53,7 +53,7 @@ CARD = Card(
 )
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-_COLD = 3  # power steps from a random basis
+_COLD, _WARM = 3, 2  # power steps from a random basis, and from the last one: 99 % of the energy in both
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Basis:
             else:
                 last = whole(state[side]).to(turned.device) if side in state else None
                 last = last.mT if last is not None and side == "right" else last
-                power = _COLD if last is None else 1
+                power = _COLD if last is None else _WARM
                 basis = leading_vectors(turned, self.rank, start=last, power=power, generator=generator(*key, side))
             basis = (basis.mT if side == "right" else basis).to(g.dtype).contiguous()
             if side == "left" and isinstance(like, DTensor):  # its rows go where W's rows are
