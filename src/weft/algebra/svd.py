@@ -79,28 +79,32 @@ def leading_vectors(
 ) -> Tensor:
     """About the r leading right singular vectors of w (out × in), in descending order: orthonormal columns (in × r).
 
-    Block power iteration on q = 1.25·r + 8 columns, and Rayleigh-Ritz at the end, by products with w and its transpose
-    or, where that is less work, with their Gram matrix: the lesser of 4·(power + 1)·out·in·q and
-    out·in² + 2·(power + 1)·in²·q operations. It begins at `start` (in × r), say the vectors of an earlier w, and at
-    random beside it. Signs are canonical: the largest-magnitude entry of each column is positive. Where w has fewer
-    directions, any orthonormal ones complete the basis.
+    Block power iteration on q = 1.125·r + 16 columns, Rayleigh-Ritz, and a last power step on the r that it chose, by
+    products with w and its transpose or, where that is less work, with their Gram matrix: the lesser of
+    4·(power + 1)·out·in·q and out·in² + 2·(power + 1)·in²·q operations. It begins at `start` (in × r), say the vectors
+    of an earlier w, with random columns beside it, or at random. Signs are canonical: the largest-magnitude entry of
+    each column is positive. Where w has fewer directions, any orthonormal ones complete the basis.
     """
-    wide = torch.promote_types(w.dtype, torch.float32)
     out, in_ = w.shape
-    q = min(r + r // 4 + 8, in_)
-    w = w.to(wide)
-    w = w / w.abs().max().clamp(min=torch.finfo(wide).tiny)  # squares neither overflow nor vanish
+    q = min(r + r // 8 + 16, in_)
+    w = _squarable(w.to(torch.promote_types(w.dtype, torch.float32)))
     by_gram = out * in_ + 2 * (power + 1) * in_ * q < 4 * (power + 1) * out * q
-    c = gram(w) if by_gram else None
-    x = torch.randn(in_, q, generator=generator, dtype=wide).to(w)
+    c = w.mT @ w if by_gram else None
+    x = torch.randn(in_, q, generator=generator, dtype=w.dtype).to(w)
     if start is not None:
         x[:, :r] = start
     for _ in range(power):
         x = torch.linalg.qr(w.mT @ (w @ x) if c is None else c @ x).Q
     product = w.mT @ (w @ x) if c is None else c @ x
     rotation = torch.linalg.eigh(x.mT @ product).eigenvectors.flip(1)[:, :r]
-    x = x @ rotation
+    x = torch.linalg.qr(product @ rotation).Q  # descending columns: QR keeps each where it is
     return (x * _row_signs(x.mT)).contiguous()
+
+
+def _squarable(w: Tensor) -> Tensor:
+    """w, or a multiple of it where squares of its entries would overflow or vanish."""
+    largest = max(abs(float(end)) for end in w.aminmax())
+    return w / largest if largest and not 1e-12 < largest < 1e12 else w
 
 
 def _range(w: Tensor, q: int, power: int, generator: torch.Generator) -> Tensor:

@@ -94,14 +94,15 @@ class Optimizer(torch.optim.Optimizer):
         """Whether all of these gradients are; if not, that is counted and the first odd one is named in a warning."""
         if not found:
             return True
-        # the largest entry, as a norm of finite numbers can be infinite
-        largest = whole(torch.nn.utils.get_total_norm([grad for _, grad in found], math.inf))
-        if bool(torch.isfinite(largest)):
+        norm = whole(torch.nn.utils.get_total_norm([grad for _, grad in found]))  # a quarter of isfinite's time
+        if bool(torch.isfinite(norm)):
+            return True
+        odd = [name for name, grad in found if not bool(torch.isfinite(whole(grad)).all())]
+        if not odd:  # the squares of finite numbers may be too large
             return True
         self.skipped += 1
-        name = next(name for name, grad in found if not bool(torch.isfinite(whole(grad)).all()))
         warnings.warn(
-            f"the gradient of {name} is not finite: this step is skipped, the {_ordinal(self.skipped)} so far",
+            f"the gradient of {odd[0]} is not finite: this step is skipped, the {_ordinal(self.skipped)} so far",
             stacklevel=2,
         )
         return False

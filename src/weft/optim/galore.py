@@ -12,9 +12,9 @@ The basis is that of the shorter side, so that moments are r × max(out, in). `p
 kept across refreshes as they are, neither turned nor reset; signs of P are canonical, so a direction that stays keeps
 its momentum. `scale` multiplies the update and nothing else. eps is not divided by v's correction.
 
-svd="exact" decomposes G whole. svd="warm", the default, takes two block power steps from the basis in force (three from
-a random one at first) with Rayleigh-Ritz at the end: a handful of matrix products. With full rank nothing is lost, but
-it is not AdamW: the rule acts on rotated coordinates.
+svd="exact" decomposes G whole. svd="warm", the default, takes block power steps from the basis in force: two, and up to
+four where r is a small share of the side; one more at first, from a random basis. That is a handful of matrix products
+for 99 % of the energy. With full rank nothing is lost, but it is not AdamW: the rule acts on rotated coordinates.
 
 State of one matrix: r·min(out, in) for P, in the gradient's dtype, and 2·r·max(out, in) for the moments, float32 at
 least. `inner` says what the moments are: adamw, adamw8bit (one byte each), adafactor (row and column means; HF's with
@@ -53,7 +53,6 @@ CARD = Card(
 )
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-_COLD, _WARM = 3, 2  # power steps from a random basis, and from the last one: 99 % of the energy in both
 
 
 @dataclass
@@ -138,12 +137,17 @@ class Basis:
             else:
                 last = whole(state[side]).to(turned.device) if side in state else None
                 last = last.mT if last is not None and side == "right" else last
-                power = _COLD if last is None else _WARM
+                power = self.power(turned) + (last is None)
                 basis = leading_vectors(turned, self.rank, start=last, power=power, generator=generator(*key, side))
             basis = (basis.mT if side == "right" else basis).to(g.dtype).contiguous()
             if side == "left" and isinstance(like, DTensor):  # its rows go where W's rows are
                 basis = distribute_tensor(basis, like.device_mesh, like.placements, src_data_rank=None)
             state[side] = basis
+
+    def power(self, g: Tensor) -> int:
+        """Power steps before the last one, from the last basis: more where r is a small share of the side."""
+        share = self.rank / g.shape[1]
+        return 1 if share >= 1 / 4 else 2 if share >= 1 / 16 else 3
 
     def down(self, state: State, g: Tensor) -> Tensor:
         if "left" in state:
