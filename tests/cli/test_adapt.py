@@ -171,3 +171,36 @@ def test_tensorboard_needs_its_package_or_works(weft, adapt_words, tmp_path):
         assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
     else:
         assert code == 2 and "pip install tensorboard" in err
+
+
+def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_words, tmp_path):
+    """What a run that was cut short ends with is what one that went through ends with, bit for bit."""
+    words = ["--optimizer", "galore", "--optimizer-options", "rank=4,update_proj_gap=2,scale=1", "--save-steps", 3]
+    words += ["--lr-scheduler-type", "constant", "--warmup-ratio", 0]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert weft(*adapt_words(whole, *words, method="full"))[0] == 0
+    assert weft(*adapt_words(cut, *words, method="full"))[0] == 0
+    (cut / "result.json").unlink()
+    (cut / "checkpoint-6" / "complete.json").unlink()  # as if it had been killed while the last one was written
+    code, _, err = weft(*adapt_words(cut, *words, method="full"))
+    assert code == 0, err
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    file = yaml.safe_load((whole / "run.yaml").read_text())
+    assert file["optimizer"] == "galore" and file["optimizer_options"]["rank"] == "4"
+
+
+@pytest.mark.parametrize(
+    "method, words, said",
+    [
+        ("full", ["--optimizer", "galor"], "did you mean 'galore'"),
+        ("full", ["--optimizer", "galore", "--optimizer-options", "rnk=4"], "galore has no option 'rnk'"),
+        ("full", ["--optimizer", "galore", "--optimizer-options", "rank=four"], "rank must be int, not 'four'"),
+        ("full", ["--optimizer", "galore", "--optimizer-options", "rank=999"], "have a side of at most rank=999"),
+        ("full", ["--optimizer-options", "rank=4"], "optimizer_options are given, and no optimizer"),
+        ("sora", ["--optimizer", "galore"], "does not go with method sora"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_is_refused_before_any_work(method, words, said, weft, adapt_words, tmp_path):
+    code, _, err = weft(*adapt_words(tmp_path / "out", *words, method=method))
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

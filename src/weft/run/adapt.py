@@ -155,6 +155,16 @@ def request(given: dict[str, Any]) -> Request:
     settings_names = {entry.name for entry in dataclasses.fields(TrainSettings)}
     settings = TrainSettings(**{key: value for key, value in checked.items() if key in settings_names})
     options = AdaptOptions(**{key: value for key, value in checked.items() if key not in settings_names})
+    if settings.optimizer is not None and not (name == "full" or name.startswith("peft:")):
+        raise UsageError(
+            f"optimizer={settings.optimizer!r} does not go with method {name}: weft's adapters declare parameter "
+            "groups of their own for AdamW; use --method full, or PEFT's own as peft:lora"
+        )
+    if settings.optimizer is not None and settings.learning_rate is None:
+        raise UsageError(
+            f"--learning-rate is missing: {settings.optimizer} has none that suits training from scratch and "
+            "fine-tuning alike"
+        )
     if options.task not in _TASKS:
         raise UsageError(
             f"unknown task {options.task!r}: {nearest(options.task, ['auto', 'causal-lm', 'classification'])}"
@@ -225,6 +235,12 @@ def outline(run: Request, rows: Rows) -> Outline:
         run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
     ).model
     modules = methods.check_fits(run.method, skeleton)
+    if run.settings.optimizer is not None and run.method.config is None:
+        from weft.optim import optimizer
+        from weft.run.settings import optimizer_options
+
+        chosen = run.settings.optimizer
+        optimizer(chosen, skeleton, **optimizer_options(chosen, run.settings.optimizer_options))
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     return Outline(modules, trainable, total, _memory(run, skeleton.config, total, trainable))
@@ -246,9 +262,13 @@ def _memory(run: Request, config: Any, total: int, trainable: int) -> dict[str, 
     kept_layers = 1 if settings.gradient_checkpointing else layers
     activations = tokens * hidden * 17 * number * kept_layers
     logits = tokens * getattr(config, "vocab_size", 0) * (4 + number)
+    if settings.optimizer is None:
+        training = {"trained weights, gradients and Adam's moments": trainable * 16}
+    else:
+        training = {f"trained weights and gradients, without the state of {settings.optimizer}": trainable * 8}
     return {
         "base weights": total * base_bytes,
-        "trained weights, gradients and Adam's moments": trainable * 16,
+        **training,
         "activations": activations,
         "logits": logits,
     }

@@ -34,7 +34,7 @@ from weft.run.loop import (
 from weft.run.methods import Method
 from weft.run.models import Base
 from weft.run.progress import Progress
-from weft.run.settings import TrainSettings, training_arguments
+from weft.run.settings import TrainSettings, optimizer_options, training_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +163,7 @@ def train(
         if output is not None and args.process_index == 0:
             output.mkdir(parents=True, exist_ok=True)
             _trim_metrics(output / METRICS, facts.get("step", 0))
-        steps = _run(model, splits, method, args, watch, checkpoint)
+        steps = _run(model, splits, method, settings, args, watch, checkpoint)
         curve = watch.curve
         if watch.evaluated[0] == steps:
             validation = watch.evaluated[1]
@@ -182,12 +182,20 @@ def train(
 
 
 def _run(
-    model: nn.Module, splits: Splits, method: Method, args: TrainingArguments, watch: Watch, checkpoint: Path | None
+    model: nn.Module,
+    splits: Splits,
+    method: Method,
+    settings: TrainSettings,
+    args: TrainingArguments,
+    watch: Watch,
+    checkpoint: Path | None,
 ) -> int:
     """Run Trainer's loop with `watch` beside it; the steps taken."""
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
-    if method.config is not None and not method.name.startswith("peft:"):
+    if settings.optimizer is not None:
+        extra["optimizers"] = _own_optimizer(model, settings, args), None
+    elif method.config is not None and not method.name.startswith("peft:"):
         import weft
 
         extra["optimizers"] = weft.optimizer_and_scheduler(model, args, total_steps(splits, args))
@@ -212,6 +220,14 @@ def _run(
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step, checkpoints.newest(watch.output) if watch.output else None)
     return trainer.state.global_step
+
+
+def _own_optimizer(model: nn.Module, settings: TrainSettings, args: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimiser that the settings name. Raises UsageError where it does not fit the model."""
+    from weft.optim import optimizer
+
+    options = optimizer_options(settings.optimizer or "", settings.optimizer_options)
+    return optimizer(settings.optimizer, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
 def _restore_finished(trainer: StepTrainer, checkpoint: Path, step: int) -> int:
