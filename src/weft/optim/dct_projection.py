@@ -9,12 +9,11 @@ arXiv 2505.17967; later versions, named after FFT-based dynamic subspace selecti
     a = S[:, idx] = G·C_rᵀ              m, v: Adam's moments of a;   u = m / (√v + eps·√(1 − β₂ᵗ))
     W ← (1 − lr·λ)·W − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ) · u·C_r      (C_rᵀ·u on the left)
 
-Frequencies are the rows of C, for both sides and both ways of finding S: `selection="matmul"`, one product with C,
-which is kept once for each n, dtype and device; "fft", `weft.algebra.transforms.dct`, in O(n log n) a row, with no n × n
-matrix anywhere. (The authors' two ways choose from two different bases.) Frequencies are scored by the l1 norm of their
-column of S, or l2 (`ell_norm=2`); −1 and −2 multiply by the same norm of the basis vector. Of equal scores the lower
-frequency wins, and indices ascend. a is read off S where that is there, else it is a product with the r rows alone, as
-the lift is: 2·r operations a number.
+Frequencies are the rows of C, for both sides and both ways of finding S: `selection="matmul"`, one product with C, kept
+once for each n, dtype and device; "fft", `weft.algebra.transforms.dct`, in O(n log n) a row, with no n × n matrix. (The
+authors' two ways choose from two different bases.) Frequencies are scored by the l1 norm of their column of S, or l2
+(`ell_norm=2`); −1 and −2 multiply by the same norm of the basis vector. Of equal scores the lower frequency wins, and
+indices ascend. a is read off S where that is there, else it is a product with the r rows alone, as the lift is.
 
 `use_ef`: what the projection loses is added to the next gradient, A = G + E, E ← A − a·C_r; float32, or 4 or 8 bits
 (`q_ef`) between the least and the largest entry of each row. `rotate_subspace`: moments follow their frequency to its
@@ -62,7 +61,10 @@ CARD = Card(
     summary="full-parameter training with moments in the strongest cosine frequencies of each gradient, without SVD",
     knob="rank",
     recipe={"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
-    limitations="The basis is fixed: a gradient whose energy is spread over the frequencies loses more than by an SVD.",
+    limitations=(
+        "The basis is fixed: a gradient whose energy is spread over the frequencies loses more than by an SVD. Without "
+        "rotate_subspace a frequency that is newly chosen begins with another's moments, which slows convergence."
+    ),
 )
 
 SELECTIONS = ("matmul", "fft")
