@@ -37,6 +37,7 @@ from weft.compress.svd_llm import SvdLlmConfig as SvdLlmConfig
 from weft.compress.welore import WeloreConfig as WeloreConfig
 from weft.errors import UsageError as UsageError
 from weft.errors import WeftError as WeftError
+from weft.optim.dct_projection import DctProjectionConfig as DctProjectionConfig
 from weft.optim.galore import GaloreConfig as GaloreConfig
 from weft.registry import Card as Card
 from weft.registry import card as card

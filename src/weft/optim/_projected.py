@@ -66,7 +66,12 @@ class Projected(Optimizer):
     """An optimiser whose groups with a `rank` keep their moments in a subspace of the gradient.
 
     Groups take `rank`, `update_proj_gap` (steps between fits), `scale` (of the lifted update) and what the method adds.
+
+    Attributes:
+        decay_first: weights decay before the update, not after it, which would decay the update too.
     """
+
+    decay_first = False
 
     def __init__(
         self,
@@ -110,6 +115,14 @@ class Projected(Optimizer):
         """The projector of a parameter of this group, which has a rank."""
         raise NotImplementedError
 
+    def rule_of(self, group: Group) -> Rule:
+        """The rule that the parameters of this group take."""
+        return self.rule
+
+    def wants_whole(self, group: Group) -> bool:
+        """Whether every step of this group needs the whole gradient, not only those that begin with a fit."""
+        return group["rank"] is None
+
     def update(self, group: Group, parameters: list[tuple[str, Tensor]]) -> None:
         for name, p in parameters:
             assert p.grad is not None
@@ -139,18 +152,19 @@ class Projected(Optimizer):
 
     def follow(self, projector: Projector, group: Group, state: State, p: Tensor, r: Tensor) -> None:
         """Take the step along the small gradient r."""
-        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        r, inner = r.to(torch.promote_types(r.dtype, torch.float32)), self.rule_of(group)
         if not state["step"]:
-            state.update(self.rule.start(r, group))
+            state.update(inner.start(r, group))
         state["step"] += 1
         scale = group["scale"] if group["rank"] is not None else 1.0
         beta = 1 - group["lr"] * group["weight_decay"]
-        numbers: tuple[Number, ...] = (*self.rule.numbers(group, state["step"]), scale * beta, beta)
+        scale = scale if self.decay_first else scale * beta
+        numbers: tuple[Number, ...] = (*inner.numbers(group, state["step"]), scale, beta)
         if self._compiled:
             numbers = tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         constants = {key: group[key] for key in ("betas", "eps") if key in group}
-        self._move(self.rule, projector, tensors, p, r, constants, numbers)
+        self._move(inner, projector, tensors, p, r, constants, numbers)
 
 
 def _move(
@@ -208,7 +222,7 @@ class _Backward:
         if last:
             self.seen = 0
         fits = not state or state["step"] >= state["next_fit"]
-        if group["rank"] is None or fits or self.accumulation == 1:
+        if optimizer.wants_whole(group) or fits or self.accumulation == 1:
             if last and optimizer.finite([(self.name, p.grad)]):
                 optimizer.move(group, self.name, p, p.grad)
             if last:

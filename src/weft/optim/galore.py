@@ -29,8 +29,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Size, Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from weft.algebra.random import generator
 from weft.algebra.svd import leading_vectors, svd_top
@@ -40,6 +40,7 @@ from weft.optim._groups import param_groups
 from weft.optim._optimizer import Group, State, whole
 from weft.optim._projected import Projected
 from weft.optim._rules import Number
+from weft.optim._sides import down, lift_
 from weft.registry import Card
 
 CARD = Card(
@@ -150,33 +151,10 @@ class Basis:
         return 1 if share >= 1 / 4 else 2 if share >= 1 / 16 else 3
 
     def down(self, state: State, g: Tensor) -> Tensor:
-        if "left" in state:
-            g = state["left"].mT @ g
-            if isinstance(g, DTensor):  # each process has the sum over its rows
-                to = [Replicate() if self.kind == "full" or p.is_replicate() else Shard(1) for p in g.placements]
-                g = g.redistribute(placements=to)
-        if "right" not in state:
-            return g
-        if not isinstance(g, DTensor):
-            return g @ state["right"].mT
-        local, shape, stride = g.to_local() @ state["right"].mT, Size((g.shape[0], self.rank)), (self.rank, 1)
-        return DTensor.from_local(local, g.device_mesh, g.placements, run_check=False, shape=shape, stride=stride)
+        return down(g, state.get("left"), state.get("right"))
 
     def lift_(self, state: State, w: Tensor, n: Tensor, alpha: Number, beta: Number) -> None:
-        n = n.to(w.dtype)
-        if isinstance(w, DTensor):
-            w = w.to_local()
-            n = n.full_tensor() if "left" in state else n.to_local()  # type: ignore[attr-defined]
-        if "left" in state:
-            left = state["left"]
-            a = left.to_local() if isinstance(left, DTensor) else left
-            b = n @ state["right"] if "right" in state else n
-        else:
-            a, b = n, state["right"]
-        if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-            w.copy_(w * beta + alpha * (a @ b))
-        else:
-            w.addmm_(a, b, alpha=alpha, beta=beta)
+        lift_(w, n, state.get("left"), state.get("right"), alpha, beta)
 
 
 @functools.cache
