@@ -38,6 +38,7 @@ from weft.compress.welore import WeloreConfig as WeloreConfig
 from weft.errors import UsageError as UsageError
 from weft.errors import WeftError as WeftError
 from weft.optim.galore import GaloreConfig as GaloreConfig
+from weft.optim.sara import SaraConfig as SaraConfig
 from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards

@@ -86,10 +86,12 @@ def for_trainer(
     card = registry.card(method, "optim")
     config: OptimConfig = registry.config_class(card.slug).from_options(options)  # type: ignore[attr-defined]
     module = registry.load(card.slug)
-    lr = card.recipe["learning_rate"] if lr is None else lr
     weight_decay = card.recipe.get("weight_decay", 0.0) if weight_decay is None else weight_decay
-    arguments = module.arguments(config, model, weight_decay)
-    return getattr(module, registry.class_name(card.slug, "")), {"lr": lr, **arguments}
+    # a method whose learning rate depends on its options says so
+    arguments = {"lr": card.recipe["learning_rate"], **module.arguments(config, model, weight_decay)}
+    if lr is not None:
+        arguments["lr"] = lr
+    return getattr(module, registry.class_name(card.slug, "")), arguments
 
 
 def optimizer(method: str, model: nn.Module, **options: Any) -> Any:
