@@ -157,7 +157,7 @@ def stored(index: Tensor, k: int) -> Tensor:
 
 def smallest_int(k: int) -> torch.dtype:
     """The smallest type that holds 0 to k − 1."""
-    return next(t for t in (torch.uint8, torch.int16, torch.int32) if k - 1 <= torch.iinfo(t).max)
+    return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if k - 1 <= torch.iinfo(t).max)
 
 
 def as_bits(k: int, s: int) -> bool:
