@@ -18,8 +18,8 @@ the entries that outgrew τ stay as they are, and the others keep their moments.
 
 State: two moments for each entry of M (M′ later), float32 at least, and where M is: a bit for each entry of P, or a
 whole number of 8, 16 or 32 bits for each of M, whichever is shorter. At the shares that the paper trains, 10 to 20 %,
-that is bits (an eighth of a byte an entry; numbers would take 0.2 to 0.8), but for parameters nearly all of which is
-large. M′ is a bit for each entry of M.
+that is bits: an eighth of a byte for each entry of P, where numbers of 16 or 32 bits come to 0.2 to 0.8. Numbers are
+for parameters nearly all of which is large. M′ is a bit for each entry of M.
 
 `sparse_gradients` frees each dense gradient once its entries at M are gathered. A tuned model does not tell its masks,
 as trained entries outgrow τ: `save_delta` writes M with its values, and `apply_delta` puts them on the original.
@@ -251,8 +251,9 @@ class Sara(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; masks are those that were saved."""
-        if any("places" not in state for state in state_dict["state"].values()):
-            raise UsageError("Sara: the state to load has no masks; it is another optimiser's")
+        masks, parameters = sum("places" in state for state in state_dict["state"].values()), len(self.state)
+        if masks != parameters:
+            raise UsageError(f"Sara: the state to load, another's, has masks for {masks} of {parameters} parameters")
         super().load_state_dict(state_dict)
         self._gathered.clear()
 
