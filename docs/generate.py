@@ -156,11 +156,12 @@ def _usage(slug: str, card: weft.Card) -> str:
             f"--{card.knob.replace('_', '-')} {value} --output runs/{slug}\n```"
         ).replace(repr(slug), f'"{slug}"')
     if card.pillar == "optim":
-        value = getattr(weft.config_class(slug)(), card.knob)
+        value = getattr(weft.config_class(slug)(), card.knob) if card.knob else None
+        chosen = f"{slug!r}, model" + ("" if value is None else f", {card.knob}={value}")
         return (
             "```python\nimport weft.optim\n\n"
-            f"optimizer = weft.optim.optimizer({slug!r}, model, {card.knob}={value})  # in a loop of your own\n\n"
-            f"made = weft.optim.for_trainer({slug!r}, model, {card.knob}={value})  # with Hugging Face's Trainer\n"
+            f"optimizer = weft.optim.optimizer({chosen})  # in a loop of your own\n\n"
+            f"made = weft.optim.for_trainer({chosen})  # with Hugging Face's Trainer\n"
             "trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=made)\n```"
         ).replace(repr(slug), f'"{slug}"')
     config = weft.config_class(slug).__name__
@@ -217,7 +218,8 @@ def _facts(card: weft.Card) -> str:
         facts = [["each layer becomes", made], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
     if card.pillar == "optim":
-        facts = [["its state's size is set by", f"`{card.knob}`"], ["it needs", ", ".join(card.needs) or "nothing"]]
+        size = f"`{card.knob}`" if card.knob else "the model and its adapter"
+        facts = [["its state's size is set by", size], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."

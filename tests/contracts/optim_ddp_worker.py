@@ -2,7 +2,7 @@
 
     python optim_ddp_worker.py RANK WORLD FOLDER
 
-Parameters and state after the last step go to `FOLDER/SLUG.RANK.safetensors`.
+Parameters and state after the last step go to `FOLDER/CASE.RANK.safetensors`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    for slug in specimens.SLUGS:
-        model, optimizer = specimens.build(slug)
+    for case in specimens.CASES:
+        model, optimizer = specimens.build(case)
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         for step in range(2 * specimens.GAP):
             optimizer.zero_grad()
@@ -33,7 +33,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         found = {f"p.{name}": p for name, p in specimens.trained(model).items()}
         for place, state in optimizer.state_dict()["state"].items():
             found |= {f"s.{place}.{k}": t.contiguous() for k, t in state.items() if isinstance(t, torch.Tensor)}
-        save_file(found, str(folder / f"{slug}.{rank}.safetensors"))
+        save_file(found, str(folder / f"{case}.{rank}.safetensors"))
     dist.destroy_process_group()
 
 

@@ -11,10 +11,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import weft
 import weft.optim
 
-SLUGS = sorted(weft.cards("optim"))
 GAP = 3  # steps between refreshes, where a method has any
-OPTIONS: dict[str, dict[str, Any]] = {"galore": {"rank": 4, "update_proj_gap": GAP, "scale": 1.0}}
-LR = {"galore": 1e-2}
+_RANK = {"rank": 4, "update_proj_gap": GAP}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is tried: a method, and options by which its events fall early
+    "galore": ("galore", {**_RANK, "scale": 1.0, "lr": 1e-2}),
+    "galore-staggered": ("galore", {**_RANK, "scale": 1.0, "lr": 1e-2, "stagger": True, "proj_type": "full"}),
+    "dct_projection": ("dct_projection", {**_RANK, "lr": 1e-2, "use_ef": True, "rotate_subspace": True}),
+    "dct_projection-trion": ("dct_projection", {**_RANK, "form": "trion", "selection": "fft", "lr": 2e-2, "rest_lr": 1e-2}),
+    "lora_pro": ("lora_pro", {"lr": 2e-2}),
+    "lora_pro-efficient": ("lora_pro", {"variant": "efficient", "lr": 2e-2}),
+    "sara": ("sara", {"share": 0.7, "progressive_iter": GAP, "lr": 1e-2}),
+}
+CASES |= {slug: (slug, {}) for slug in weft.cards("optim") if slug not in CASES}
 
 
 def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
@@ -32,11 +40,23 @@ def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def build(slug: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, Any]:
+def build(case: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, Any]:
     """A model that the method trains, and its optimiser."""
+    model = model_for(case, dtype)
+    slug, chosen = CASES[case]
+    return model, weft.optim.optimizer(slug, model, **{**chosen, **options})
+
+
+def model_for(case: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The Llama, under a LoRA for the method that adjusts one."""
     model: nn.Module = llama(dtype)
-    chosen = {"lr": LR.get(slug, 1e-3), **OPTIONS.get(slug, {}), **options}
-    return model, weft.optim.optimizer(slug, model, **chosen)
+    if CASES[case][0] != "lora_pro":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
 
 
 def tokens(step: int, rows: int = 4) -> Tensor:

@@ -16,6 +16,7 @@ _NAMES = {
     "for_trainer": "_groups",
     "optimizer": "_groups",
     "param_groups": "_groups",
+    "sparse_gradients": "sara",
     "update_in_backward": "_projected",
 }
 

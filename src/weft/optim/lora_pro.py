@@ -48,6 +48,7 @@ CARD = Card(
     year=2025,
     summary="LoRA whose two gradients are adjusted so that their step is nearest to full fine-tuning's",
     knob="",
+    needs=("a LoRA on the model",),
     recipe={"learning_rate": 2e-5, "weight_decay": 0.0, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine"},
     limitations="The paper's variant keeps two moments of the full weight's shape; `efficient` keeps LoRA's.",
     reasons={"knob": "the adapter has the rank; the optimiser has none"},
