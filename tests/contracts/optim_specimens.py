@@ -17,7 +17,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is tried: a method, and
     "galore": ("galore", {**_RANK, "scale": 1.0, "lr": 1e-2}),
     "galore-staggered": ("galore", {**_RANK, "scale": 1.0, "lr": 1e-2, "stagger": True, "proj_type": "full"}),
     "dct_projection": ("dct_projection", {**_RANK, "lr": 1e-2, "use_ef": True, "rotate_subspace": True}),
-    "dct_projection-trion": ("dct_projection", {**_RANK, "form": "trion", "selection": "fft", "lr": 2e-2, "rest_lr": 1e-2}),
+    "dct_projection-trion": (
+        "dct_projection",
+        {**_RANK, "form": "trion", "selection": "fft", "lr": 2e-2, "rest_lr": 1e-2},
+    ),
     "lora_pro": ("lora_pro", {"lr": 2e-2}),
     "lora_pro-efficient": ("lora_pro", {"variant": "efficient", "lr": 2e-2}),
     "sara": ("sara", {"share": 0.7, "progressive_iter": GAP, "lr": 1e-2}),
