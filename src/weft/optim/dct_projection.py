@@ -356,8 +356,10 @@ class Frequencies:
                 turn_(m.to_local() if isinstance(m, DTensor) else m, old, new, 1 if self.right else 0)
 
     def down(self, state: State, g: Tensor) -> Tensor:
-        sides = self._sides(state, g)
         r = state.pop("coefficients", None)
+        if r is not None and self.kept is None:
+            return r
+        sides = self._sides(state, g)
         r = down(g, *sides) if r is None else r
         if self.kept is not None:
             lift_(g, r, *sides, -self.leaves, 1.0)
