@@ -29,7 +29,9 @@ with s by `scaling`: "kj" √max(1, out/in), "none" 1, "kimi" 0.2·√max(out, i
 Where they do not, lr is `rest_lr`, 3e-4 in this form, and betas and eps are the optimiser's, (0.9, 0.95) and 1e-10.
 
 Matrices with a side of `max_shape` or more take the whole AdamW. State of one projected matrix: r integers of two bytes
-(four where n > 32768) and 2·r·max(out, in) moments, float32 at least; E, or M instead of moments, is out × in.
+(four where n > 32768) and 2·r·max(out, in) moments, float32 at least; E, or M instead of moments, is out × in. Under
+FSDP2 moments, E and M are sharded as W is; G, or what it is added to, is gathered where frequencies are chosen, and
+Trion's a in every step.
 """
 
 from __future__ import annotations
@@ -178,6 +180,8 @@ class DctProjection(Projected):
                 raise UsageError(f"DctProjection: {key}={group[key]!r} must be one of {', '.join(map(str, values))}")
         if group["q_ef"] and not group["use_ef"]:
             raise UsageError(f"DctProjection: q_ef={group['q_ef']} is how error feedback is kept: it wants use_ef=True")
+        if group["q_ef"] and any(isinstance(p, DTensor) for p in group["params"]):
+            raise UsageError(f"DctProjection: q_ef={group['q_ef']} cannot be sharded, but q_ef=0, float32, can")
         if not 0 <= group["momentum"] < 1:
             raise UsageError(f"DctProjection: momentum={group['momentum']!r} must be at least 0 and below 1")
         if not isinstance(group["max_shape"], int) or group["max_shape"] < 1:
@@ -326,8 +330,6 @@ class Frequencies:
         """g and what is kept of the gradients before it, float32 at least; g itself where nothing is kept."""
         if self.kept is None:
             return g
-        if self.bits and isinstance(g, DTensor):
-            raise UsageError("DctProjection: quantised error feedback cannot be sharded: q_ef=0 keeps it whole")
         if self.kept in state:
             return state[self.kept].add_(g)
         g = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
@@ -356,8 +358,10 @@ class Frequencies:
                 turn_(m.to_local() if isinstance(m, DTensor) else m, old, new, 1 if self.right else 0)
 
     def down(self, state: State, g: Tensor) -> Tensor:
-        sides = self._sides(state, g)
         r = state.pop("coefficients", None)
+        if r is not None and self.kept is None:
+            return r
+        sides = self._sides(state, g)
         r = down(g, *sides) if r is None else r
         if self.kept is not None:
             lift_(g, r, *sides, -self.leaves, 1.0)
