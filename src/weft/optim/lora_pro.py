@@ -18,8 +18,8 @@ variant="efficient", not the paper's but ours: (g_A, g_B) first, then Adam on ea
 variant="sgd":    A ← A − lr·g_A,  B ← B − lr·g_B.
 
 Decay is decoupled and acts on A and B. Parameters of groups without `scaling` take plain AdamW, whatever the variant.
-Clip gradients before the step, as every loop does: the raw ones, whose norm is what is meant. (The authors measure the
-raw norm and scale the adjusted gradients by it.) Averages over micro-batches and processes are likewise taken before.
+Clip the raw gradients, before the step, as loops do: nothing is left to do here. (The authors measure the norm of the
+raw gradients and scale the adjusted ones.) Averages over micro-batches and processes come before the step as well.
 While B is tiny its pseudo-inverse is large, and so is g_A; a warm-up does not change that.
 """
 
@@ -54,7 +54,8 @@ CARD = Card(
 )
 
 VARIANTS = ("full", "efficient", "sgd")
-_TILE = {"cpu": 1 << 17}  # numbers of E that exist at once: with those of m and v they stay in a core's cache
+_TOGETHER = 1 << 22  # numbers of A and B that are adjusted at once, in a dozen temporaries of this size
+_TILE = {"cpu": 1 << 17}  # numbers of E that exist at once: with those of D, m and v they stay in a core's cache
 _TILE_ELSEWHERE = 1 << 22  # an accelerator wants work for all of its cores
 
 LOGGER = logging.getLogger(__name__)
@@ -135,8 +136,10 @@ class LoraPro(Optimizer):
                 raise UsageError(f"LoraPro: {name} has a gradient and the other factor of its pair has none")
             if id(a) in trained:
                 alike.setdefault((a.shape, b.shape, a.dtype, b.dtype, a.device), []).append(Pair(a, b, s))
-        for pairs in alike.values():
-            self._move(group, pairs)
+        for same in alike.values():
+            count = max(1, _TOGETHER // (same[0].a.numel() + same[0].b.numel()))
+            for first in range(0, len(same), count):
+                self._move(group, same[first : first + count])
 
     def _move(self, group: Group, pairs: list[Pair]) -> None:
         """Take the step of pairs of one shape."""
@@ -241,6 +244,7 @@ def project(
     # Bᵀ·D is read and written with every tile: let that be little beside the tile itself
     rows = min(out, max(4 * len(a), _TILE.get(m.device.type, _TILE_ELSEWHERE) // in_))
     e, minus_d = m.new_empty(rows, in_), m.new_empty(rows, in_)
+    a_t = a.mT.contiguous()  # read with every tile, and faster this way
     onto_b.zero_()
     for top in range(0, out, rows):
         part = slice(top, min(out, top + rows))
@@ -248,7 +252,7 @@ def project(
         torch.mm(left[part], right, out=e_)
         adam_(d_.zero_(), e_, m[part], v[part], state["step"], group)  # a step of length 1 from 0
         onto_b.addmm_(b[part].mT, d_, alpha=-1)
-        torch.mm(d_, a.mT, out=onto_a[part]).neg_()
+        torch.mm(d_, a_t, out=onto_a[part]).neg_()
 
 
 def adam_(
