@@ -408,6 +408,7 @@ def test_a_step_on_every_kind_of_layer_moves_w_as_its_projected_gradient_says(ta
     [
         (lambda: _lora(use_dora=True), "is a DoRA"),
         (lambda: _lora(lora_dropout=0.1), "has dropout 0.1"),
+        (lambda: _adalora(), "is a SVDLinear"),
         (lambda: _lora(["grouped"]), "grouped convolution"),
         (lambda: _Net(), "has none in training"),
         (lambda: _frozen(_lora(), "lora_A"), "trains B only"),
@@ -423,6 +424,12 @@ def test_what_is_no_plain_pair_is_refused_by_name(make, message):
     with pytest.raises(UsageError, match=message), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pairs(make())
+
+
+def _adalora():
+    from peft import AdaLoraConfig, get_peft_model
+
+    return get_peft_model(_Net(), AdaLoraConfig(target_modules=["fc"], init_r=2, target_r=1, total_step=9))
 
 
 def _frozen(model, part):

@@ -18,8 +18,8 @@ variant="efficient", not the paper's but ours: (g_A, g_B) first, then Adam on ea
 variant="sgd":    A ← A − lr·g_A,  B ← B − lr·g_B.
 
 Decay is decoupled and acts on A and B. Parameters of groups without `scaling` take plain AdamW, whatever the variant.
-Clip gradients before the step, as every loop does: the raw ones, whose norm is what is meant. (The authors measure the
-raw norm and scale the adjusted gradients by it.) Averages over micro-batches and processes are likewise taken before.
+Clip the raw gradients, before the step, as loops do: nothing is left to do here. (The authors measure the norm of the
+raw gradients and scale the adjusted ones.) Averages over micro-batches and processes come before the step as well.
 While B is tiny its pseudo-inverse is large, and so is g_A; a warm-up does not change that.
 """
 
@@ -27,19 +27,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from weft.algebra.random import generator
 from weft.errors import UsageError, nearest
 from weft.optim._config import OptimConfig
 from weft.optim._optimizer import Group, Optimizer, State
-from weft.optim._rules import AdamW
 from weft.registry import Card
 
 CARD = Card(
@@ -55,7 +55,8 @@ CARD = Card(
 )
 
 VARIANTS = ("full", "efficient", "sgd")
-_TILE = {"cpu": 1 << 17}  # numbers of E that exist at once: with those of m and v they stay in a core's cache
+_TOGETHER = 1 << 22  # numbers of A and B that are adjusted at once, in a dozen temporaries of this size
+_TILE = {"cpu": 1 << 17}  # numbers of E that exist at once: with those of D, m and v they stay in a core's cache
 _TILE_ELSEWHERE = 1 << 22  # an accelerator wants work for all of its cores
 
 LOGGER = logging.getLogger(__name__)
@@ -136,8 +137,10 @@ class LoraPro(Optimizer):
                 raise UsageError(f"LoraPro: {name} has a gradient and the other factor of its pair has none")
             if id(a) in trained:
                 alike.setdefault((a.shape, b.shape, a.dtype, b.dtype, a.device), []).append(Pair(a, b, s))
-        for pairs in alike.values():
-            self._move(group, pairs)
+        for same in alike.values():
+            count = max(1, _TOGETHER // (same[0].a.numel() + same[0].b.numel()))
+            for first in range(0, len(same), count):
+                self._move(group, same[first : first + count])
 
     def _move(self, group: Group, pairs: list[Pair]) -> None:
         """Take the step of pairs of one shape."""
@@ -147,43 +150,34 @@ class LoraPro(Optimizer):
         if group["variant"] == "full":
             left, right = form.equivalent(a0, b0)
             for i, pair in enumerate(pairs):
-                state = self._state(pair.b, left.new_zeros(len(left[i]), right[i].shape[1]))
-                correction = _Correction(group, state["step"])
-                project(state, left[i], right[i], form.b[i], form.a[i], group["betas"], correction.eps, a0[i], b0[i])
-                a0[i] *= pair.scaling * correction.factor
-                b0[i] *= pair.scaling * correction.factor
+                state = self._state(pair.b, (left.shape[1], right.shape[2]), left)
+                project(state, left[i], right[i], form.b[i], form.a[i], group, a0[i], b0[i])
+                a0[i] *= pair.scaling
+                b0[i] *= pair.scaling
         g_a, g_b = form.nearest(a0, b0)
         for i, pair in enumerate(pairs):
             for p, g in ((pair.a, g_a[i]), (pair.b, g_b[i])):
                 if group["variant"] == "efficient":
                     self._adam(group, p, g.view_as(p))
                 else:
-                    _step(group, p, g, group["lr"])
+                    wide = p.to(g.dtype)  # p itself where it is as wide
+                    wide.mul_(1 - group["lr"] * group["weight_decay"]).sub_(g.view_as(p), alpha=group["lr"])
+                    _keep(p, wide)
 
-    def _state(self, p: Tensor, like: Tensor) -> State:
-        """A parameter's state with its step counted; at first, moments like `like`, which is zero."""
+    def _state(self, p: Tensor, shape: Sequence[int], like: Tensor) -> State:
+        """A parameter's state with its step counted; the first time, zero moments of this shape."""
         state = self.state[p]
         if not state:
-            state.update(step=0, exp_avg=like, exp_avg_sq=like.clone())
+            state.update(step=0, exp_avg=like.new_zeros(shape), exp_avg_sq=like.new_zeros(shape))
         state["step"] += 1
         return state
 
     def _adam(self, group: Group, p: Tensor, g: Tensor) -> None:
-        """AdamW's step along g, with the correction inside of the root, as torch has it."""
-        state = self._state(p, torch.zeros_like(g))
-        correction = _Correction(group, state["step"])
-        own = {"betas": group["betas"], "eps": correction.eps}
-        n, factor = AdamW().direction(state, g, own, (correction.factor,))
-        _step(group, p, n, group["lr"] * factor)
-
-
-class _Correction:
-    """Adam's correction for moments that start at zero: m̂/(√v̂ + eps) = factor·m/(√v + self.eps)."""
-
-    def __init__(self, group: Group, step: int) -> None:
-        b1, b2 = group["betas"]
-        root = math.sqrt(1 - b2**step)
-        self.eps, self.factor = group["eps"] * root, root / (1 - b1**step)
+        """AdamW's step along g."""
+        state = self._state(p, g.shape, g)
+        wide = p.to(g.dtype)
+        adam_(wide, g, state["exp_avg"], state["exp_avg_sq"], state["step"], group, group["lr"], group["weight_decay"])
+        _keep(p, wide)
 
 
 class Pair(NamedTuple):
@@ -240,37 +234,37 @@ class ClosedForm:
 
 
 def project(
-    state: State,
-    left: Tensor,
-    right: Tensor,
-    b: Tensor,
-    a: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    onto_b: Tensor,
-    onto_a: Tensor,
+    state: State, left: Tensor, right: Tensor, b: Tensor, a: Tensor, group: Group, onto_b: Tensor, onto_a: Tensor
 ) -> None:
-    """Move W's moments on by E = left·right, and write Bᵀ·D (r × in) and D·Aᵀ (out × r) of D = m/(√v + eps).
+    """Move W's moments on by E = left·right, and write Bᵀ·D (r × in) and D·Aᵀ (out × r) of D = m̂/(√v̂ + eps).
 
-    E and D take turns in one buffer of a few rows, which is in cache with the moments' rows when each is needed.
+    E and D exist a few rows at a time, which are in cache with the moments' rows when those are needed.
     """
-    b1, b2 = betas
     m, v = state["exp_avg"], state["exp_avg_sq"]
     out, in_ = m.shape
-    # a₀ is read and written with every tile: let that be little beside the tile itself
+    # Bᵀ·D is read and written with every tile: let that be little beside the tile itself
     rows = min(out, max(4 * len(a), _TILE.get(m.device.type, _TILE_ELSEWHERE) // in_))
-    buffer = m.new_empty(rows, in_)
+    e, minus_d = m.new_empty(rows, in_), m.new_empty(rows, in_)
+    a_t = a.mT.contiguous()  # read with every tile, and faster this way
     onto_b.zero_()
     for top in range(0, out, rows):
         part = slice(top, min(out, top + rows))
-        m_, v_, d = m[part], v[part], buffer[: min(out, top + rows) - top]
-        torch.mm(left[part], right, out=d)
-        m_.lerp_(d, 1 - b1)
-        v_.mul_(b2).addcmul_(d, d, value=1 - b2)
-        torch.sqrt(v_, out=d)
-        torch.div(m_, d.add_(eps), out=d)
-        onto_b.addmm_(b[part].mT, d)
-        torch.mm(d, a.mT, out=onto_a[part])
+        e_, d_ = e[: part.stop - top], minus_d[: part.stop - top]
+        torch.mm(left[part], right, out=e_)
+        adam_(d_.zero_(), e_, m[part], v[part], state["step"], group)  # a step of length 1 from 0
+        onto_b.addmm_(b[part].mT, d_, alpha=-1)
+        torch.mm(d_, a_t, out=onto_a[part]).neg_()
+
+
+def adam_(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: Group, lr: float = 1.0, decay: float = 0.0
+) -> None:
+    """torch's AdamW on one tensor, in one pass where torch has a kernel for that; steps count from 1."""
+    one_pass = p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor)
+    before = torch.full((), step - 1.0, device=p.device)
+    b1, b2 = group["betas"]
+    rest = {"lr": lr, "weight_decay": decay, "eps": group["eps"], "amsgrad": False, "maximize": False}
+    adamw([p], [g], [m], [v], [], [before], foreach=False, fused=one_pass, beta1=b1, beta2=b2, **rest)  # type: ignore[arg-type]
 
 
 def _wide(t: Tensor | None) -> Tensor:
@@ -283,12 +277,10 @@ def _matrix(t: Tensor | None) -> Tensor:
     return _wide(t).flatten(1)
 
 
-def _step(group: Group, p: Tensor, n: Tensor, alpha: float) -> None:
-    """p ← (1 − lr·λ)·p − alpha·n, rounded once."""
-    moved = p.to(n.dtype)  # p itself where it is as wide
-    moved.mul_(1 - group["lr"] * group["weight_decay"]).sub_(n.view_as(p), alpha=alpha)
-    if moved is not p:
-        p.copy_(moved)
+def _keep(p: Tensor, wide: Tensor) -> None:
+    """p ← wide, rounded once; nothing where they are one."""
+    if wide is not p:
+        p.copy_(wide)
 
 
 # --- pairs of a model -------------------------------------------------------------------------------------------------
