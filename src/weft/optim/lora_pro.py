@@ -20,8 +20,8 @@ variant="sgd":    A ← A − lr·g_A,  B ← B − lr·g_B.
 Decay is decoupled and acts on A and B. Parameters of groups without `scaling` take plain AdamW, whatever the variant.
 Clip the raw gradients, before the step, as loops do: nothing is left to do here. (The authors measure the norm of the
 raw gradients and scale the adjusted ones.) Averages over micro-batches and processes come before the step as well.
-While B is tiny g_A is large: in "full" the second step can move A by half of its norm whatever the learning rate, as B
-is as small as the first step left it. `delta` bounds that, and a warm-up does not.
+While B is tiny g_A is large: in "full" the second step can turn much of A over, whatever the learning rate, as B is
+as small as the first step left it. `delta` bounds that, and a warm-up does not.
 """
 
 from __future__ import annotations
@@ -148,9 +148,10 @@ class LoraPro(Optimizer):
         b0 = torch.stack([_matrix(pair.b.grad) for pair in pairs])
         if group["variant"] == "full":
             left, right = form.equivalent(a0, b0)
+            a_t = form.a.mT.contiguous()  # every tile reads it, and faster this way
             for i, pair in enumerate(pairs):
                 state = self._state(pair.b, (left.shape[1], right.shape[2]), left)
-                project(state, left[i], right[i], form.b[i], form.a[i], group, a0[i], b0[i])
+                project(state, left[i], right[i], form.b[i], a_t[i], group, a0[i], b0[i])
                 a0[i] *= pair.scaling
                 b0[i] *= pair.scaling
         adjusted = zip(pairs, *form.nearest(a0, b0))
@@ -234,18 +235,18 @@ class ClosedForm:
 
 
 def project(
-    state: State, left: Tensor, right: Tensor, b: Tensor, a: Tensor, group: Group, onto_b: Tensor, onto_a: Tensor
+    state: State, left: Tensor, right: Tensor, b: Tensor, a_t: Tensor, group: Group, onto_b: Tensor, onto_a: Tensor
 ) -> None:
     """Move W's moments on by E = left·right, and write Bᵀ·D (r × in) and D·Aᵀ (out × r) of D = m̂/(√v̂ + eps).
 
+    b is B (out × r), a_t is Aᵀ (in × r), and onto_b, onto_a are what is written.
     E and D exist a few rows at a time, which are in cache with the moments' rows when those are needed.
     """
     m, v = state["exp_avg"], state["exp_avg_sq"]
     out, in_ = m.shape
     # Bᵀ·D is read and written with every tile: let that be little beside the tile itself
-    rows = min(out, max(4 * len(a), _TILE.get(m.device.type, _TILE_ELSEWHERE) // in_))
+    rows = min(out, max(4 * a_t.shape[1], _TILE.get(m.device.type, _TILE_ELSEWHERE) // in_))
     e, minus_d = m.new_empty(rows, in_), m.new_empty(rows, in_)
-    a_t = a.mT.contiguous()  # read with every tile, and faster this way
     onto_b.zero_()
     for top in range(0, out, rows):
         part = slice(top, min(out, top + rows))
