@@ -170,6 +170,7 @@ def _adam(state, g, lr, betas=(0.9, 0.999), eps=1e-8):
 @pytest.mark.parametrize("variant", ["full", "efficient", "sgd"])
 def test_every_variant_equals_the_specification_written_out(variant, b, monkeypatch):
     monkeypatch.setitem(weft.optim.lora_pro._TILE, "cpu", 1)  # several tiles, the last one short
+    monkeypatch.setattr(weft.optim.lora_pro, "_TOGETHER", 1 if b else 1 << 22)  # pair by pair, or both at once
     lr, decay = 1e-2, 0.1
     model, twin = _Two(b=b), _Two(b=b)
     optim = LoraPro(model.groups(), lr=lr, variant=variant)

@@ -20,7 +20,8 @@ variant="sgd":    A ← A − lr·g_A,  B ← B − lr·g_B.
 Decay is decoupled and acts on A and B. Parameters of groups without `scaling` take plain AdamW, whatever the variant.
 Clip the raw gradients, before the step, as loops do: nothing is left to do here. (The authors measure the norm of the
 raw gradients and scale the adjusted ones.) Averages over micro-batches and processes come before the step as well.
-While B is tiny its pseudo-inverse is large, and so is g_A; a warm-up does not change that.
+While B is tiny g_A is large: in "full" the second step can turn much of A over, whatever the learning rate, as B is
+as small as the first step left it. `delta` bounds that, and a warm-up does not.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ CARD = Card(
 
 VARIANTS = ("full", "efficient", "sgd")
 _TOGETHER = 1 << 22  # numbers of A and B that are adjusted at once, in a dozen temporaries of this size
-_TILE = {"cpu": 1 << 17}  # numbers of E that exist at once: with those of D, m and v they stay in a core's cache
+_TILE = {"cpu": 1 << 18}  # numbers of E that exist at once: with those of D, m and v they stay in cache
 _TILE_ELSEWHERE = 1 << 22  # an accelerator wants work for all of its cores
 
 LOGGER = logging.getLogger(__name__)
@@ -126,8 +127,7 @@ class LoraPro(Optimizer):
 
     def update(self, group: Group, parameters: list[tuple[str, Tensor]]) -> None:
         if group["scaling"] is None:
-            for _, p in parameters:
-                self._adam(group, p, _wide(p.grad))
+            self._adam(group, [(p, _wide(p.grad)) for _, p in parameters])
             return
         trained = {id(p): name for name, p in parameters}
         alike: dict[tuple[object, ...], list[Pair]] = {}
@@ -149,20 +149,20 @@ class LoraPro(Optimizer):
         b0 = torch.stack([_matrix(pair.b.grad) for pair in pairs])
         if group["variant"] == "full":
             left, right = form.equivalent(a0, b0)
+            a_t = form.a.mT.contiguous()  # every tile reads it, and faster this way
             for i, pair in enumerate(pairs):
                 state = self._state(pair.b, (left.shape[1], right.shape[2]), left)
-                project(state, left[i], right[i], form.b[i], form.a[i], group, a0[i], b0[i])
+                project(state, left[i], right[i], form.b[i], a_t[i], group, a0[i], b0[i])
                 a0[i] *= pair.scaling
                 b0[i] *= pair.scaling
-        g_a, g_b = form.nearest(a0, b0)
-        for i, pair in enumerate(pairs):
-            for p, g in ((pair.a, g_a[i]), (pair.b, g_b[i])):
-                if group["variant"] == "efficient":
-                    self._adam(group, p, g.view_as(p))
-                else:
-                    wide = p.to(g.dtype)  # p itself where it is as wide
-                    wide.mul_(1 - group["lr"] * group["weight_decay"]).sub_(g.view_as(p), alpha=group["lr"])
-                    _keep(p, wide)
+        adjusted = zip(pairs, *form.nearest(a0, b0))
+        moves = [(p, g.view_as(p)) for pair, *both in adjusted for p, g in zip((pair.a, pair.b), both)]
+        if group["variant"] == "efficient":
+            self._adam(group, moves)
+            return
+        for p, g in moves:
+            wide = p.to(g.dtype)  # p itself where it is as wide
+            _keep(p, wide.mul_(1 - group["lr"] * group["weight_decay"]).sub_(g, alpha=group["lr"]))
 
     def _state(self, p: Tensor, shape: Sequence[int], like: Tensor) -> State:
         """A parameter's state with its step counted; the first time, zero moments of this shape."""
@@ -172,12 +172,14 @@ class LoraPro(Optimizer):
         state["step"] += 1
         return state
 
-    def _adam(self, group: Group, p: Tensor, g: Tensor) -> None:
-        """AdamW's step along g."""
-        state = self._state(p, g.shape, g)
-        wide = p.to(g.dtype)
-        adam_(wide, g, state["exp_avg"], state["exp_avg_sq"], state["step"], group, group["lr"], group["weight_decay"])
-        _keep(p, wide)
+    def _adam(self, group: Group, moves: list[tuple[Tensor, Tensor]]) -> None:
+        """AdamW's step of parameters along gradients."""
+        states = [self._state(p, g.shape, g) for p, g in moves]
+        wide = [p.to(g.dtype) for p, g in moves]
+        m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        adam_(wide, [g for _, g in moves], m, v, steps, group, group["lr"], group["weight_decay"])
+        for (p, _), moved in zip(moves, wide):
+            _keep(p, moved)
 
 
 class Pair(NamedTuple):
@@ -234,37 +236,46 @@ class ClosedForm:
 
 
 def project(
-    state: State, left: Tensor, right: Tensor, b: Tensor, a: Tensor, group: Group, onto_b: Tensor, onto_a: Tensor
+    state: State, left: Tensor, right: Tensor, b: Tensor, a_t: Tensor, group: Group, onto_b: Tensor, onto_a: Tensor
 ) -> None:
     """Move W's moments on by E = left·right, and write Bᵀ·D (r × in) and D·Aᵀ (out × r) of D = m̂/(√v̂ + eps).
 
+    b is B (out × r), a_t is Aᵀ (in × r), and onto_b, onto_a are what is written.
     E and D exist a few rows at a time, which are in cache with the moments' rows when those are needed.
     """
     m, v = state["exp_avg"], state["exp_avg_sq"]
     out, in_ = m.shape
     # Bᵀ·D is read and written with every tile: let that be little beside the tile itself
-    rows = min(out, max(4 * len(a), _TILE.get(m.device.type, _TILE_ELSEWHERE) // in_))
+    rows = min(out, max(4 * a_t.shape[1], _TILE.get(m.device.type, _TILE_ELSEWHERE) // in_))
     e, minus_d = m.new_empty(rows, in_), m.new_empty(rows, in_)
-    a_t = a.mT.contiguous()  # read with every tile, and faster this way
     onto_b.zero_()
     for top in range(0, out, rows):
         part = slice(top, min(out, top + rows))
         e_, d_ = e[: part.stop - top], minus_d[: part.stop - top]
         torch.mm(left[part], right, out=e_)
-        adam_(d_.zero_(), e_, m[part], v[part], state["step"], group)  # a step of length 1 from 0
+        adam_([d_.zero_()], [e_], [m[part]], [v[part]], [state["step"]], group)  # a step of length 1 from 0
         onto_b.addmm_(b[part].mT, d_, alpha=-1)
         torch.mm(d_, a_t, out=onto_a[part]).neg_()
 
 
 def adam_(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: Group, lr: float = 1.0, decay: float = 0.0
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    steps: list[int],
+    group: Group,
+    lr: float = 1.0,
+    decay: float = 0.0,
 ) -> None:
-    """torch's AdamW on one tensor, in one pass where torch has a kernel for that; steps count from 1."""
-    one_pass = p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor)
-    before = torch.full((), step - 1.0, device=p.device)
+    """torch's AdamW, in one pass over each tensor where torch has a kernel for that; steps count from 1."""
+    one_pass = all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in params)
+    before = [torch.full((), step - 1.0, device=p.device) for p, step in zip(params, steps)]
     b1, b2 = group["betas"]
-    rest = {"lr": lr, "weight_decay": decay, "eps": group["eps"], "amsgrad": False, "maximize": False}
-    adamw([p], [g], [m], [v], [], [before], foreach=False, fused=one_pass, beta1=b1, beta2=b2, **rest)  # type: ignore[arg-type]
+    adamw(
+        params, grads, m, v, [], before, foreach=False, fused=one_pass, amsgrad=False, maximize=False,
+        beta1=b1, beta2=b2, lr=lr, weight_decay=decay, eps=group["eps"],
+    )
 
 
 def _wide(t: Tensor | None) -> Tensor:
