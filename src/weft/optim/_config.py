@@ -22,6 +22,12 @@ class OptimConfig:
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
+    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """The fields a user sets: the method's own first, then what all optimisers share."""
+        shared = {f.name for f in dataclasses.fields(OptimConfig)}
+        return sorted(dataclasses.fields(cls), key=lambda f: f.name in shared)
+
+    @classmethod
     def from_options(cls, options: dict[str, Any]) -> OptimConfig:
         """Build from user-given options; an unknown key raises UsageError with the nearest name."""
         known = {f.name for f in dataclasses.fields(cls)}
