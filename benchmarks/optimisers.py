@@ -5,6 +5,8 @@
     python benchmarks/optimisers.py --training-step   forward, backward and step of a 1B block, beside AdamW's
     python benchmarks/optimisers.py --eight-bit       the kernels that make bytes of moments
     python benchmarks/optimisers.py --curve           the same losses as galore-torch's
+    python benchmarks/optimisers.py --selection       DCT's choice of frequencies beside our refresh of an SVD's basis
+    python benchmarks/optimisers.py --lora-pro        LoRA-Pro's step on a 1B block beside AdamW's on the whole weights
 
 Results go to benchmarks/results/optimisers/*.json. A refresh is a step that fits the bases, less one that does not.
 """
@@ -203,9 +205,54 @@ def curve() -> dict[str, Any]:
     return found
 
 
+def selection(repeats: int) -> dict[str, Any]:
+    """A new choice of 512 directions for a gradient of 2048 × 2048: by FFT, by a product, by warm power steps."""
+    from weft.algebra.random import generator
+    from weft.algebra.svd import leading_vectors
+    from weft.algebra.transforms import dct
+    from weft.optim.dct_projection import basis, strongest
+
+    n, rank = 2048, 512
+    g = block(n, n)[0].grad
+    assert g is not None
+    c, transform = basis(n, g.dtype, g.device), dct(n)
+    start = leading_vectors(g, rank, power=2, generator=generator(0))
+    calls = {
+        "fft": lambda: strongest(transform.forward(g), rank, 1),
+        "matmul": lambda: strongest(g @ c.mT, rank, 1),
+        "warm refresh": lambda: leading_vectors(g, rank, start=start, power=1, generator=generator(1)),
+    }
+    found: dict[str, Any] = {name: {"seconds": seconds(call, repeats)} for name, call in calls.items()}
+    refresh = found["warm refresh"]["seconds"]
+    found["ratios"] = {f"warm refresh / {name}": refresh / found[name]["seconds"] for name in ("fft", "matmul")}
+    return found
+
+
+def lora_pro(repeats: int) -> dict[str, Any]:
+    """LoRA-Pro on rank 8 of every matrix of a 1B block, beside AdamW on the matrices themselves."""
+    hidden, intermediate, _ = SHAPES["1B"]
+    whole = block(hidden, intermediate)
+    adamw = torch.optim.AdamW(whole, lr=1e-4)
+    factors: list[nn.Parameter] = []
+    for p in whole:
+        a, b = nn.Parameter(torch.randn(8, p.shape[1]) * 0.02), nn.Parameter(torch.randn(p.shape[0], 8) * 0.02)
+        a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+        factors += [a, b]
+    found: dict[str, Any] = {}
+    for variant in ("full", "efficient"):
+        pro = weft.optim.LoraPro([{"params": factors, "scaling": 2.0}], lr=1e-4, variant=variant)
+        pro.step()
+        found[variant] = {"step_seconds": seconds(pro.step, repeats)}
+    adamw.step()
+    found["adamw"] = {"step_seconds": seconds(adamw.step, repeats)}
+    least = found["adamw"]["step_seconds"]
+    found["ratios"] = {f"{name} / AdamW on the weights": found[name]["step_seconds"] / least for name in found}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("training-step", "eight-bit", "curve")
+    parts = ("training-step", "eight-bit", "curve", "selection", "lora-pro")
     for part in parts:
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--size", choices=SHAPES, help="one size alone")
@@ -218,6 +265,10 @@ def main() -> None:
         found["eight_bit"] = eight_bit(args.repeats)
     if args.curve:
         found["curve"] = curve()
+    if args.selection:
+        found["selection"] = selection(args.repeats)
+    if args.lora_pro:
+        found["lora_pro"] = lora_pro(args.repeats)
     if not found:
         found = {f"steps_{size}": steps(size, args.repeats) for size in ([args.size] if args.size else SHAPES)}
     RESULTS.mkdir(parents=True, exist_ok=True)
