@@ -79,12 +79,17 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.finite(self._gradients()):
-            for place, group in enumerate(self.param_groups):
-                parameters = [(name, p) for name, p in named(group, place) if p.grad is not None]
-                if parameters:
-                    self.update(group, parameters)
+        found = self._gradients()
+        if found and self.finite(found):
+            self.take()
         return loss
+
+    def take(self) -> None:
+        """Take the step of all groups, whose gradients are finite."""
+        for place, group in enumerate(self.param_groups):
+            parameters = [(name, p) for name, p in named(group, place) if p.grad is not None]
+            if parameters:
+                self.update(group, parameters)
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
         groups = enumerate(self.param_groups)
@@ -92,8 +97,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def finite(self, found: list[tuple[str, Tensor]]) -> bool:
         """Whether all of these gradients are; if not, that is counted and the first odd one is named in a warning."""
-        if not found:
-            return True
         norm = whole(torch.nn.utils.get_total_norm([grad for _, grad in found]))  # a quarter of isfinite's time
         if bool(torch.isfinite(norm)):
             return True

@@ -132,9 +132,9 @@ class Projected(Optimizer):
         """Take one parameter's step along its gradient g."""
         state = self.state[p]
         projector = self.projector(group, p) if group["rank"] is not None else WHOLE
-        if not state:
-            state.update(step=0, next_fit=0)
-        if state["step"] >= state["next_fit"]:
+        due = fit_is_due(state)
+        state.setdefault("step", 0)
+        if due:
             self.fit(projector, group, state, g, name)
         self.follow(projector, group, state, p, projector.down(state, g))
 
@@ -165,6 +165,11 @@ class Projected(Optimizer):
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         constants = {key: group[key] for key in ("betas", "eps") if key in group}
         self._move(inner, projector, tensors, p, r, constants, numbers)
+
+
+def fit_is_due(state: State) -> bool:
+    """Whether the step that follows begins with a fit: the first one does."""
+    return not state or state["step"] >= state["next_fit"]
 
 
 def _move(
@@ -221,8 +226,7 @@ class _Backward:
         last = self.seen == self.accumulation
         if last:
             self.seen = 0
-        fits = not state or state["step"] >= state["next_fit"]
-        if optimizer.wants_whole(group) or fits or self.accumulation == 1:
+        if optimizer.wants_whole(group) or fit_is_due(state) or self.accumulation == 1:
             if last and optimizer.finite([(self.name, p.grad)]):
                 optimizer.move(group, self.name, p, p.grad)
             if last:

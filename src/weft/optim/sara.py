@@ -175,13 +175,7 @@ class Sara(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step, or none where a gradient is not finite; what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        found = self._gradients()
-        if found and self.finite(found):
-            self._take()
+        loss = super().step(closure)
         self._gathered.clear()
         return loss
 
@@ -191,7 +185,7 @@ class Sara(Optimizer):
         names = [(name, p) for place, group in groups for name, p in named(group, place)]
         return super()._gradients() + [(name, t) for name, p in names for t in self._gathered.get(p, ()) if t.numel()]
 
-    def _take(self) -> None:
+    def take(self) -> None:
         taken = self.param_groups[0]["taken"]
         moved = [
             (group, p)
