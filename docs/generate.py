@@ -162,7 +162,8 @@ def _usage(slug: str, card: weft.Card) -> str:
             "```python\nimport weft.optim\n\n"
             f"optimizer = weft.optim.optimizer({chosen})  # in a loop of your own\n\n"
             f"made = weft.optim.for_trainer({chosen})  # with Hugging Face's Trainer\n"
-            "trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=made)\n```"
+            "trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=made)\n```\n\n"
+            f"```sh\n{_stepped(slug, card)} --output runs/{slug}\n```"
         ).replace(repr(slug), f'"{slug}"')
     config = weft.config_class(slug).__name__
     lines = ["import weft", "from peft import get_peft_model", "", f"config = weft.{config}()"]
@@ -171,6 +172,14 @@ def _usage(slug: str, card: weft.Card) -> str:
     lines.append("model = get_peft_model(model, config)")
     command = f"weft adapt --model builtin:pycode --data builtin:pydocs \\\n    --method {slug} --output runs/{slug}"
     return "```python\n" + "\n".join(lines) + f"\n```\n\n```sh\n{command}\n```"
+
+
+def _stepped(slug: str, card: weft.Card) -> str:
+    """The command that trains by an optimiser what its recipe is for."""
+    if card.pretraining:
+        return f"weft pretrain --config builtin:pycode --data builtin:stdlib \\\n    --optimizer {slug}"
+    trains = "peft:lora" if "a LoRA on the model" in card.needs else "full"
+    return f"weft adapt --model builtin:pycode --data builtin:pydocs \\\n    --method {trains} --optimizer {slug}"
 
 
 def _options(slug: str) -> str:

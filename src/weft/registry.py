@@ -30,6 +30,7 @@ class Card:
         knob: the config field that `weft compare` solves to meet a parameter budget.
         recipe: the training recipe the paper or its code uses: keys of TrainingArguments (`learning_rate`,
             `weight_decay`, `warmup_ratio`, `max_grad_norm`, `lr_scheduler_type`).
+        pretraining: the recipe is for training from random weights, not for fine-tuning.
         exports: "exact" (a plain LoRA gives the same outputs), "bounded" (the error is printed) or "refused".
         needs: what `weft.prepare` must be given before attaching: "batches", "held_out", "original_weights", …
         init_drift: interval in which |ΔW| lies at step 0, relative to |W|.
@@ -46,6 +47,7 @@ class Card:
     summary: str
     knob: str = "r"
     recipe: dict[str, Any] = field(default_factory=dict)
+    pretraining: bool = False
     exports: str = "exact"
     needs: tuple[str, ...] = ()
     init_drift: tuple[float, float] = (0.0, 0.0)

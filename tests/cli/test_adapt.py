@@ -175,7 +175,7 @@ def test_tensorboard_needs_its_package_or_works(weft, adapt_words, tmp_path):
 
 def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_words, tmp_path):
     """What a run that was cut short ends with is what one that went through ends with, bit for bit."""
-    words = ["--optimizer", "galore", "--optimizer-options", "rank=4,update_proj_gap=2,scale=1", "--save-steps", 3]
+    words = ["--optimizer", "galore", "--rank", 4, "--update-proj-gap", 2, "--scale", 1, "--save-steps", 3]
     words += ["--lr-scheduler-type", "constant", "--warmup-ratio", 0]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert weft(*adapt_words(whole, *words, method="full"))[0] == 0
@@ -186,17 +186,22 @@ def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_w
     assert code == 0, err
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     file = yaml.safe_load((whole / "run.yaml").read_text())
-    assert file["optimizer"] == "galore" and file["optimizer_options"]["rank"] == "4"
+    assert file["method"] == "full" and file["optimizer"] == "galore" and file["rank"] == 4
 
 
 @pytest.mark.parametrize(
     "method, words, said",
     [
         ("full", ["--optimizer", "galor"], "did you mean 'galore'"),
-        ("full", ["--optimizer", "galore", "--optimizer-options", "rnk=4"], "galore has no option 'rnk'"),
-        ("full", ["--optimizer", "galore", "--optimizer-options", "rank=four"], "rank must be int, not 'four'"),
-        ("full", ["--optimizer", "galore", "--optimizer-options", "rank=999"], "have a side of at most rank=999"),
-        ("full", ["--optimizer-options", "rank=4"], "optimizer_options are given, and no optimizer"),
+        ("full", ["--optimizer", "galore", "--rnk", 4], "did you mean --rank"),
+        ("full", ["--optimizer", "galore", "--rank", "four"], "rank must be int, not 'four'"),
+        ("full", ["--optimizer", "galore", "--rank", 0], "rank=0 must be a whole number of at least 1"),
+        ("full", ["--optimizer", "galore", "--rank", 999], "have a side of at most rank=999"),
+        ("full", ["--rank", 4], "unknown option --rank"),
+        ("full", ["--optimizer", "hf:adafacto"], "did you mean 'hf:adafactor'"),
+        ("full", ["--optimizer", "hf:lomo"], "hf:lomo: You need to install `lomo_optim`"),
+        ("full@galore", ["--optimizer", "galore"], "method 'full@galore' names an optimiser"),
+        ("full", ["--optimizer", "lora_pro"], "lora_pro needs a two-factor adapter"),
         ("sora", ["--optimizer", "galore"], "does not go with method sora"),
     ],
 )

@@ -14,7 +14,7 @@ import synthetic
 import weft.report
 from weft.errors import WeftError
 from weft.report.library import inline, library
-from weft.report.page import _curve, rank_strip
+from weft.report.page import curve, rank_strip
 
 HOSTILE = '"><img src=x onerror="hacked()"></script><script>hacked()</script>{{ 7*7 }}'
 
@@ -191,10 +191,10 @@ def test_the_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_long_curve_is_averaged_not_sampled():
     points = [{"step": step, "loss": float(step % 2)} for step in range(1, 2401)]
-    drawn = _curve(points, "loss")
+    drawn = curve(points, "loss")
     assert len(drawn) == 120 and drawn[-1][0] == 2400
     assert {value for _, value in drawn} == {0.5}
-    assert _curve(points[:3], "loss") == [[1, 1], [2, 0], [3, 1]]
+    assert curve(points[:3], "loss") == [[1, 1], [2, 0], [3, 1]]
 
 
 def test_module_names_become_layers_and_kinds():

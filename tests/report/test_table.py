@@ -39,6 +39,17 @@ def test_generation_has_columns_that_fit_in_80_too(tmp_path):
     assert " 20.0 " in base and " 40.0 " in base
 
 
+def test_optimisers_show_their_state_in_place_of_the_file(tmp_path):
+    rows = [
+        row | {"method": f"full@{row['method']}", "knob": None, "optimizer_bytes": 7_530_000, "trainable": 12_345_678}
+        for row in synthetic.rows(("peft:adalora", "peft:dora"))
+        if row["method"] not in ("base", "head", "full")
+    ]
+    text = printed(tmp_path, rows, methods=("full@peft:adalora", "full@peft:dora"), model="config:some.json")
+    assert "…" not in text and "7.53 MB" in text and "state" in text and "file" not in text and "knob" not in text
+    assert "elsewhere" in text and "forgot" not in text
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -167,9 +167,9 @@ def test_recipes_apply(place, monkeypatch):
     seen = {}
     arguments = train.training_arguments
 
-    def spy(settings, output):
+    def spy(settings, output, method):
         seen[method.name] = settings
-        return arguments(settings, output)
+        return arguments(settings, output, method)
 
     monkeypatch.setattr(train, "training_arguments", spy)
     plan = plan_study(_study(place, methods=("sora", "peft:lora")))
@@ -386,10 +386,11 @@ def test_the_command_of_a_study_makes_that_study(place, monkeypatch):
     assert made == [(study, Path("some where"))]
 
 
-@pytest.mark.parametrize("method", ["peft:dora", "sora"])
-def test_the_command_of_a_run_makes_the_same_adapter(place, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("method", ["peft:dora", "sora", "full@galore"])
+def test_the_command_of_a_run_makes_the_same_model(place, tmp_path, monkeypatch, method):
     """`weft adapt` as the row has it: same data, same seeds, same losses."""
-    plan = plan_study(_study(place, methods=(method,), options={method: {"r": "4"}}))
+    options = {"rank" if "@" in method else "r": "4"}
+    plan = plan_study(_study(place, methods=(method,), options={method: options}))
     row = run_task(context_of(plan), asdict(Task("final", method, 1, 1e-2, plan.steps)))
     monkeypatch.chdir(tmp_path)
     assert run(shlex.split(row["command"])[1:]) == 0
@@ -397,6 +398,26 @@ def test_the_command_of_a_run_makes_the_same_adapter(place, tmp_path, monkeypatc
     for split in ("validation", "test"):
         assert result[split]["loss"] == pytest.approx(row[split]["loss"], rel=1e-6)
     assert result["trainable"] == row["trainable"]
+
+
+def test_optimisers_are_compared_from_random_weights(place):
+    methods = ("full@galore", "full@hf:adafactor", "peft:lora@lora_pro")
+    study = _study(place, methods=methods, options={"full@galore": {"rank": "4"}}, forget_data="none")
+    study = replace(study, model=f"config:{study.model}", budget=parse_budget("params=1k,steps=4"))
+    plan = plan_study(study)
+    galore, adafactor = plan.entry("full@galore"), plan.entry("full@hf:adafactor")
+    assert galore.trainable == adafactor.trainable == plan.entry("full").trainable  # no knob, and no budget to miss
+    assert not any("full@" in note for note in plan.notes)
+    assert (galore.recipe["learning_rate"], plan.entry("full").recipe["learning_rate"]) == (1e-2, 1e-3)
+    rows = {
+        (name, seed): run_task(context_of(plan), asdict(Task("final", name, seed, 1e-3, plan.steps)))
+        for name, seed in [("full@galore", 1), ("full@galore", 2), ("full@hf:adafactor", 1), ("peft:lora@lora_pro", 1)]
+    }
+    assert all(row["status"] == "ok" for row in rows.values()), [row["error"] for row in rows.values()]
+    sizes = [rows[name, 1]["optimizer_bytes"] for name in ("full@hf:adafactor", "full@galore")]
+    assert 0 < sizes[0] < sizes[1] < 8 * galore.trainable
+    first = {key: row["curve"][0]["loss"] for key, row in rows.items()}
+    assert first["full@galore", 1] == first["full@hf:adafactor", 1] != first["full@galore", 2]  # seeds draw the weights
 
 
 def test_classification(place):

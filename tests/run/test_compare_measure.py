@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.run.measure import Measurement, measuring, restart_peak
+from weft.run.measure import Measurement, measuring, restart_peak, state_bytes
 
 
 def _train(steps: int, size: int = 8) -> None:
@@ -62,3 +62,22 @@ def _linux() -> bool:
     import sys
 
     return sys.platform == "linux"
+
+
+def test_the_state_of_an_optimiser_is_counted_wherever_its_tensors_lie():
+    from torchao.optim import AdamW8bit
+
+    p = torch.nn.Parameter(torch.randn(64, 128))
+    adam, eight = torch.optim.AdamW([p]), AdamW8bit([p])
+    p.grad = torch.ones_like(p)
+    adam.step(), eight.step()
+    steps = sum(t.numel() * t.element_size() for t in (adam.state[p]["step"], eight.state[p]["step"]))
+    assert state_bytes(adam) + state_bytes(eight) - steps == 2 * p.numel() * (4 + 1) + 2 * (p.numel() // 256 * 4 + 1024)
+
+    class Projector:
+        def __init__(self):
+            self.basis = torch.zeros(3, 5, dtype=torch.bfloat16)
+            self.again = self.basis  # counted once
+
+    adam.state[p] = {"step": 3, "projector": Projector(), "moments": [torch.zeros(7)], "name": "p"}
+    assert state_bytes(adam) == 2 * 15 + 4 * 7

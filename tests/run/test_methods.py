@@ -127,3 +127,63 @@ def test_the_classification_head_is_not_a_target(bert):
     skeleton = load_base(str(bert), "classification", num_labels=2, weights=False).model
     matched = methods.check_fits(methods.resolve("peft:lora"), skeleton)
     assert matched and not [name for name in matched if "classifier" in name]
+
+
+# --- methods that name their optimiser --------------------------------------------------------------------------------
+
+
+def test_an_optimiser_is_named_after_an_at_and_its_options_stand_beside_the_methods():
+    method = methods.resolve("full@galore", {"rank": "8", "betas": "0.9,0.95"})
+    assert method.trains == "full" and method.optimizer == ("galore", {"rank": 8, "betas": (0.9, 0.95)})
+    assert [option.name for option in methods.method_options("full@galore")] == list(methods.optimizer_values(method))
+    assert methods.optimizer_values(method)["rank"] == 8 and methods.optimizer_values(method)["scale"] == 0.25
+    assert methods.resolve("full").optimizer is None
+
+
+def test_options_that_both_have_go_to_the_one_that_is_named():
+    own = {option.name for option in methods.method_options("peft:lora")}
+    shared = {option.name for option in methods.optimizer_options("galore")} & own
+    assert "target_modules" in shared
+    given = {"target_modules": "q_proj", "galore_target_modules": "v_proj", "r": 4, "rank": 2}
+    method = methods.resolve("peft:lora@galore", given)
+    assert method.optimizer == ("galore", {"target_modules": ["v_proj"], "rank": 2})
+    assert method.config.r == 4 and method.config.target_modules == {"q_proj"}
+
+
+@pytest.mark.parametrize("optimizer", registry.cards("optim"))
+def test_a_recipe_for_pretraining_or_for_fine_tuning_is_carried_over_by_adamws_own(optimizer):
+    card = registry.card(optimizer)
+    adamw = {True: methods.resolve("full", from_scratch=True).recipe, False: methods.resolve("full").recipe}
+    assert (adamw[True]["learning_rate"], adamw[False]["learning_rate"]) == (1e-3, 2e-5)
+    recipes = {scratch: methods.resolve(f"full@{optimizer}", from_scratch=scratch).recipe for scratch in adamw}
+    assert recipes[card.pretraining]["learning_rate"] == card.recipe["learning_rate"]
+    ratio = {scratch: recipes[scratch]["learning_rate"] / adamw[scratch]["learning_rate"] for scratch in adamw}
+    assert ratio[True] == pytest.approx(ratio[False], rel=0.01)
+    assert recipes[not card.pretraining]["lr_scheduler_type"] == adamw[not card.pretraining]["lr_scheduler_type"]
+
+
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("full@galor", {}, "did you mean 'galore'"),
+        ("full@sora", {}, "unknown method 'sora'"),
+        ("full@hf:adafacto", {}, "did you mean 'hf:adafactor'"),
+        ("full@galore", {"rnk": 3}, "did you mean 'rank'"),
+        ("full@galore", {"update_proj_gap": 0}, "update_proj_gap=0"),
+        ("sora@galore", {}, "does not go with method sora"),
+        ("head@galore", {}, "does not go with method head"),
+    ],
+)
+def test_optimisers_that_cannot_be_are_refused(name, options, said):
+    with pytest.raises(UsageError, match=said):
+        methods.resolve(name, options)
+
+
+def test_an_optimiser_is_tried_on_a_model_without_weights(skeleton):
+    for optimizer in registry.cards("optim"):
+        if optimizer == "lora_pro":
+            continue
+        options = {"rank": 4} if optimizer in ("galore", "dct_projection", "owlore") else {}
+        methods.check_fits(methods.resolve(f"full@{optimizer}", options), skeleton)
+    with pytest.raises(UsageError, match="rank=99"):
+        methods.check_fits(methods.resolve("full@galore", {"rank": 99}), skeleton)

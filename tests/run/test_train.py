@@ -133,7 +133,7 @@ def test_steps_are_counted_as_trainer_does(llama, corpus):
             epochs=epochs, batch_size=batch_size, gradient_accumulation=accumulation, learning_rate=0.01, eval_steps=0
         )
         method = methods.resolve("peft:lora")
-        expected = total_steps(splits, training_arguments(settings.with_recipe(method), None))
+        expected = total_steps(splits, training_arguments(settings.with_recipe(method), None, method))
         base = load_base(str(llama), "causal-lm")
         assert train(base, splits, method, settings, None, progress=False).steps == expected
 

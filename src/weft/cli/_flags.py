@@ -69,12 +69,14 @@ def flags_of(command: Callable[..., Any]) -> set[str]:
 
 
 def method_of(argv: list[str]) -> str | None:
-    """The method that words which are not parsed yet name, in a flag or in their run file."""
-    from weft.run.adapt import read_run_file
+    """The method that words which are not parsed yet name, in a flag or in their run file; its optimiser after an @."""
+    from weft.run.adapt import read_run_file, with_optimizer
 
     path = value(argv, "--config")
-    method = value(argv, "--method") or (read_run_file(path).get("method") if path else None)
-    return method if isinstance(method, str) else None
+    file = read_run_file(path) if path else {}
+    method = value(argv, "--method") or file.get("method")
+    optimizer = value(argv, "--optimizer") or file.get("optimizer")
+    return with_optimizer(method, optimizer) if isinstance(method, str) else None
 
 
 def value(argv: list[str], flag: str) -> str | None:

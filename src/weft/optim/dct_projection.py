@@ -63,6 +63,7 @@ CARD = Card(
     summary="full-parameter training with moments in the strongest cosine frequencies of each gradient, without SVD",
     knob="rank",
     recipe={"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
+    pretraining=True,
     limitations=(
         "The basis is fixed: a gradient whose energy is spread over the frequencies loses more than by an SVD. Without "
         "rotate_subspace a frequency that is newly chosen begins with another's moments, which slows convergence."

@@ -50,6 +50,7 @@ CARD = Card(
     summary="full-parameter training with Adam's moments in the leading subspace of each gradient",
     knob="rank",
     recipe={"learning_rate": 0.01, "weight_decay": 0.0, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
+    pretraining=True,
     limitations="Moments keep their coordinates when the subspace is chosen anew; frequent refreshes blur them.",
 )
 

@@ -362,6 +362,8 @@ def threshold_at(tensors: list[Tensor], share: float) -> float:
     The bits of magnitudes, read as whole numbers, are in the magnitudes' order: two counts of 16 bits each find it.
     """
     rank = math.floor(share * sum(t.numel() for t in tensors))  # how many may lie below
+    if any(t.is_meta for t in tensors):  # a model without weights, tried for its shapes
+        return math.inf
     if rank >= sum(t.numel() for t in tensors):
         return math.inf
     high, before = _digit(tensors, lambda bits: bits >> 16, rank)
@@ -406,7 +408,8 @@ def _adamw(theta: Tensor, r: Tensor, state: State, group: Group) -> None:
 def _start(p: Tensor, threshold: float) -> State:
     """The state before the first step: M, and moments of zero."""
     mask = _below(p, threshold).flatten()
-    n, entries = p.numel(), int(mask.sum())
+    n = p.numel()
+    entries = n if p.is_meta else int(mask.sum())
     places = pack(mask[None])[0] if as_bits(n, entries) else mask.nonzero()[:, 0].to(smallest_int(n))
     zeros = torch.zeros(entries, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
     return {"step": 0, "entries": entries, "places": places, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}

@@ -59,6 +59,7 @@
     trainable: { label: "Trainable parameters", text: "trainable", units: [[1e9, "billions"], [1e6, "millions"], [1e3, "thousands"], [1, ""]] },
     peak_bytes: { label: "Peak memory", text: "peak", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
     step_seconds: { label: "Time per step", text: "step", units: [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]] },
+    optimizer_bytes: { label: "Optimiser's state", text: "state_bytes", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
     file_bytes: { label: "Adapter file", text: "file", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
   };
   function front(points) {

@@ -15,6 +15,7 @@ from weft.report.quantities import NOTHING, finite
 from weft.report.study import Line, Study, parse, read
 from weft.report.template import page, plain, rank_strip, short, write
 
+_SHOWN = ("score", "trainable", "peak", "step", "file", "state_bytes", "forgotten", "rate", "knob")
 CURVE_POINTS = 120  # a curve is drawn on at most a few hundred pixels
 
 
@@ -112,7 +113,8 @@ def _row(line: Line, study: Study) -> dict[str, Any]:
         "peak": quantities.size(line.peak_bytes),
         "step": quantities.duration(line.step_seconds),
         "file": quantities.size(line.file_bytes),
-        "forgotten": quantities.change(line.forgotten, 3),
+        "state_bytes": quantities.size(line.optimizer_bytes),
+        "forgotten": quantities.number(line.elsewhere) if study.from_scratch else quantities.change(line.forgotten, 3),
         "rate": quantities.number(line.learning_rate, 3),
         "recipe": _recipe(line),
         "state": None if line.mean is not None else line.state,
@@ -208,13 +210,14 @@ def _drawn(line: Line, study: Study) -> dict[str, Any]:
         "peak_bytes": finite(line.peak_bytes),
         "step_seconds": finite(line.step_seconds),
         "file_bytes": finite(line.file_bytes),
-        "text": {key: row[key] for key in ("score", "trainable", "peak", "step", "file", "forgotten", "rate", "knob")},
+        "optimizer_bytes": finite(line.optimizer_bytes) if study.stepped else None,
+        "text": {key: row[key] for key in _SHOWN},
         "forgetting": [[seed, _round(after - before)] for seed, (before, after) in sorted(line.forgetting.items())],
-        "forgotten": None if line.forgotten is None else _round(line.forgotten),
+        "forgotten": None if line.forgotten is None or study.from_scratch else _round(line.forgotten),
         "rate": line.learning_rate,
         "grid": [[rate, seed, scaled(score)] for rate, seed, score in line.grid],
         "curves": [
-            {"seed": seed, "train": _curve(points, "loss"), "eval": _curve(points, "eval_loss")}
+            {"seed": seed, "train": curve(points, "loss"), "eval": curve(points, "eval_loss")}
             for seed, points in sorted(line.curves.items())
         ],
         "ranks": rank_strip(line.ranks),
@@ -244,7 +247,7 @@ def _round(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _curve(points: list[dict[str, Any]], key: str) -> list[list[float]]:
+def curve(points: list[dict[str, Any]], key: str) -> list[list[float]]:
     """[step, value] pairs; of a long curve the means of equal stretches, so that noise is averaged, not sampled."""
     pairs = [(float(point["step"]), value) for point in points if (value := finite(point.get(key))) is not None]
     if len(pairs) > CURVE_POINTS:

@@ -63,7 +63,8 @@ class Line:
         mean, spread: of the test metric over seeds.
         values: seed → test metric.
         perplexity: mean over seeds.
-        trainable, step_seconds, peak_bytes, file_bytes: the costs; means over the runs that measured them.
+        trainable, step_seconds, peak_bytes, file_bytes, optimizer_bytes: the costs; means over the runs that measured
+            them.
         knob, recipe, options: as its runs recorded them.
         learning_rate: chosen for the final runs, or the best so far; `at_edge` if the grid ended there.
         forgetting: seed → (before, after).
@@ -90,6 +91,7 @@ class Line:
     step_seconds: float | None = None
     peak_bytes: float | None = None
     file_bytes: float | None = None
+    optimizer_bytes: float | None = None
     knob: Row | None = None
     recipe: Row = field(default_factory=dict)
     options: Row = field(default_factory=dict)
@@ -107,6 +109,11 @@ class Line:
     def forgotten(self) -> float | None:
         """Mean over seeds of the loss on the forgetting text, after minus before."""
         return _mean(after - before for before, after in self.forgetting.values())
+
+    @property
+    def elsewhere(self) -> float | None:
+        """Mean over seeds of the loss on the forgetting text after training."""
+        return _mean(after for _, after in self.forgetting.values())
 
     @property
     def bleu(self) -> str:
@@ -155,6 +162,16 @@ class Study:
     notes: list[str]
 
     @property
+    def from_scratch(self) -> bool:
+        """Whether training began at random weights, which have nothing to forget."""
+        return str(self.head.get("model")).startswith("config:")
+
+    @property
+    def stepped(self) -> bool:
+        """Whether methods name their optimisers, so that the state of those is of interest."""
+        return any("@" in line.name and line.optimizer_bytes for line in self.lines)
+
+    @property
     def verdict(self) -> str:
         """Who won, in one sentence."""
         standings = [each for each in self.ranking.standings if not each.collapsed]
@@ -186,6 +203,8 @@ class Study:
             return None
         if base.perplexity and best.perplexity:
             ratio = base.perplexity / best.perplexity
+            if self.from_scratch:
+                return None
             return (
                 f"The base model's perplexity of {base.perplexity:.4g} became {best.perplexity:.4g} with {best.name}: "
                 f"lower by a factor of {ratio:.2f}."
@@ -332,6 +351,7 @@ def _line(name: str, index: int, runs: list[Row], metric: Metric, planned: Row |
         step_seconds=_mean(row.get("step_seconds") for row in measured),
         peak_bytes=_mean(row.get("peak_bytes") for row in measured),
         file_bytes=_mean(row.get("file_bytes") for row in sound),
+        optimizer_bytes=_mean(row.get("optimizer_bytes") for row in sound),
         knob=first("knob"),
         recipe=first("recipe") or {},
         options=first("options") or {},

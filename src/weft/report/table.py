@@ -16,6 +16,7 @@ def terminal_table(results: Path) -> Table:
     """The ranking, then the reference rows, with the verdict beneath; 80 columns are enough for it.
 
     Where the runs generated text, BLEU and ROUGE-L take the place of memory, time and file size, which the report has.
+    Where methods name their optimisers, the state of those takes the file's.
 
     Args:
         results: `results.jsonl`, or the folder that holds it; the study may still be running.
@@ -42,30 +43,35 @@ def terminal_table(results: Path) -> Table:
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
     generation = any(line.generation for line in lines)
-    measured = ["bleu", "rouge-l", "params", "knob"] if generation else ["params", "knob", "memory", "step", "file"]
+    last = "state" if study.stepped else "file"
+    knobs = any((line.knob or {}).get("name") for line in lines)
+    measured = ["params", *(["knob"] if knobs else [])]
+    measured = ["bleu", "rouge-l", *measured] if generation else [*measured, "memory", "step", last]
     for name in [study.metric.name.lower(), *measured]:
         table.add_column(name, justify="right", no_wrap=True)
     if forgetting:
-        table.add_column("forgot", justify="right", no_wrap=True)
+        table.add_column("elsewhere" if study.from_scratch else "forgot", justify="right", no_wrap=True)
     for group in (study.lines, study.references):
         for line in group:
-            cells = _cells(line, study, generation) + ([quantities.change(line.forgotten, 3)] if forgetting else [])
+            changed = quantities.number(line.elsewhere) if study.from_scratch else quantities.change(line.forgotten, 3)
+            cells = _cells(line, study, generation, knobs) + ([changed] if forgetting else [])
             table.add_row(*map(escape, cells), style="dim" if line.collapsed else None)
         table.add_section()
     return table
 
 
-def _cells(line: Line, study: Study, generation: bool) -> list[str]:
+def _cells(line: Line, study: Study, generation: bool, knobs: bool) -> list[str]:
     knob = line.knob or {}
     shown = f"{knob['name']}={knob.get('value')}" if knob.get("name") else quantities.NOTHING
     score = study.metric.show(line.mean, line.spread)
-    costs = [quantities.size(line.peak_bytes), quantities.duration(line.step_seconds), quantities.size(line.file_bytes)]
+    last = line.optimizer_bytes if study.stepped else line.file_bytes
+    costs = [quantities.size(line.peak_bytes), quantities.duration(line.step_seconds), quantities.size(last)]
     return [
         str(line.rank or ""),
         line.name,
         score if line.mean is not None else line.state,
         *([line.bleu, line.rouge_l] if generation else []),
         quantities.short_count(line.trainable),
-        shown + ("*" if knob.get("unreachable") else ""),
+        *([shown + ("*" if knob.get("unreachable") else "")] if knobs else []),
         *([] if generation else costs),
     ]

@@ -41,11 +41,18 @@ def _option(default: Any, help_text: str) -> Any:
 class AdaptOptions:
     """What to adapt to what."""
 
-    model: str | None = _option(None, "a model on the hub, a folder, or builtin:pycode")
+    model: str | None = _option(
+        None, "a model on the hub, a folder, or builtin:pycode; config:NAME for its config with random weights"
+    )
     data: str | None = _option(
         None, "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs"
     )
     method: str | None = _option(None, "an adapter of `weft methods`, PEFT's own as peft:lora, or base, head, full")
+    optimizer: str | None = _option(
+        None,
+        "steps full training or PEFT's own method: a name of `weft methods --pillar optim`, or HF Trainer's as "
+        "hf:adafactor; none takes AdamW",
+    )
     output: str | None = _option(None, "folder for the adapter, checkpoints, metrics and the run file")
     task: str = _option("auto", "causal-lm, classification, or auto: by the columns of the data")
     columns: dict[str, str] | None = _option(None, "where columns have other names: text=sentence,label=polarity")
@@ -78,21 +85,22 @@ def run_options() -> list[_options.Option]:
 
 def method_keys_of(name: str) -> dict[str, str]:
     """Method option → its key in run files; where a run has an option of that name, the method's name goes before."""
-    from weft.run.methods import method_options
+    from weft.run.methods import method_options, parts
 
     taken = {option.name for option in run_options()}
-    stem = name.removeprefix("peft:")
-    return {
-        option.name: f"{stem}_{option.name}" if option.name in taken else option.name for option in method_options(name)
-    }
+    trains, optimizer = parts(name)
+    own = {option.name for option in method_options(trains)}
+    names = [option.name for option in method_options(name)]
+    whose = {each: trains.removeprefix("peft:") if each in own else optimizer for each in names}
+    return {each: f"{whose[each]}_{each}" if each in taken else each for each in names}
 
 
 def _method_values(method: Method) -> dict[str, Any]:
     """The value of each of the method's options: what was given, or what the config settled on."""
-    from weft.run.methods import OF_THE_RUN, method_options
+    from weft.run.methods import OF_THE_RUN, method_options, optimizer_values
 
     names = [option.name for option in method_options(method.name)]
-    settled = {name: getattr(method.config, name, None) for name in names}
+    settled = {name: getattr(method.config, name, None) for name in names} | optimizer_values(method)
     return {name: value for name, value in settled.items() if name not in OF_THE_RUN or name in method.options}
 
 
@@ -137,7 +145,8 @@ def request(given: dict[str, Any]) -> Request:
 
     Raises UsageError for unknown keys, wrong types, values out of range, and what is missing.
     """
-    from weft.run.methods import resolve
+    from weft.run import models
+    from weft.run.methods import parts, resolve
 
     for key in ("model", "data", "method"):
         if not given.get(key):
@@ -145,26 +154,19 @@ def request(given: dict[str, Any]) -> Request:
     name = given["method"]
     if not isinstance(name, str):
         raise UsageError(f"method must be a name, not {name!r}")
+    name = with_optimizer(name, given.get("optimizer"))
     common = {option.name: option for option in run_options()}
     own = {key: option for option, key in method_keys_of(name).items()}
     for key in given:
         if key not in common and key not in own:
             raise UsageError(f"unknown option {key!r} for method {name}: {nearest(key, [*common, *own])}")
     checked = _options.check("weft adapt", list(common.values()), {k: v for k, v in given.items() if k in common})
-    method = resolve(name, {own[key]: value for key, value in given.items() if key in own})
+    checked |= dict(zip(("method", "optimizer"), parts(name)))
+    from_scratch = models.from_scratch(str(given["model"]))
+    method = resolve(name, {own[key]: value for key, value in given.items() if key in own}, from_scratch=from_scratch)
     settings_names = {entry.name for entry in dataclasses.fields(TrainSettings)}
     settings = TrainSettings(**{key: value for key, value in checked.items() if key in settings_names})
     options = AdaptOptions(**{key: value for key, value in checked.items() if key not in settings_names})
-    if settings.optimizer is not None and not (name == "full" or name.startswith("peft:")):
-        raise UsageError(
-            f"optimizer={settings.optimizer!r} does not go with method {name}: weft's adapters declare parameter "
-            "groups of their own for AdamW; use --method full, or PEFT's own as peft:lora"
-        )
-    if settings.optimizer is not None and settings.learning_rate is None:
-        raise UsageError(
-            f"--learning-rate is missing: {settings.optimizer} has none that suits training from scratch and "
-            "fine-tuning alike"
-        )
     if options.task not in _TASKS:
         raise UsageError(
             f"unknown task {options.task!r}: {nearest(options.task, ['auto', 'causal-lm', 'classification'])}"
@@ -175,6 +177,15 @@ def request(given: dict[str, Any]) -> Request:
         raise UsageError(f"test_fraction must be at least 0 and below 1, not {options.test_fraction}")
     _check_reporters(settings.report_to)
     return Request(options, settings, method)
+
+
+def with_optimizer(method: str, optimizer: str | None) -> str:
+    """One name of a method and its optimiser, which may be given apart."""
+    if optimizer is None:
+        return method
+    if "@" in method:
+        raise UsageError(f"method {method!r} names an optimiser, and optimizer={optimizer!r} another one")
+    return f"{method}@{optimizer}"
 
 
 def _help_of(key: str) -> str:
@@ -235,12 +246,6 @@ def outline(run: Request, rows: Rows) -> Outline:
         run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
     ).model
     modules = methods.check_fits(run.method, skeleton)
-    if run.settings.optimizer is not None and run.method.config is None:
-        from weft.optim import optimizer
-        from weft.run.settings import optimizer_options
-
-        chosen = run.settings.optimizer
-        optimizer(chosen, skeleton, **optimizer_options(chosen, run.settings.optimizer_options))
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     return Outline(modules, trainable, total, _memory(run, skeleton.config, total, trainable))
@@ -262,10 +267,10 @@ def _memory(run: Request, config: Any, total: int, trainable: int) -> dict[str, 
     kept_layers = 1 if settings.gradient_checkpointing else layers
     activations = tokens * hidden * 17 * number * kept_layers
     logits = tokens * getattr(config, "vocab_size", 0) * (4 + number)
-    if settings.optimizer is None:
+    if run.method.optimizer is None:
         training = {"trained weights, gradients and Adam's moments": trainable * 16}
     else:
-        training = {f"trained weights and gradients, without the state of {settings.optimizer}": trainable * 8}
+        training = {f"trained weights and gradients, without the state of {run.options.optimizer}": trainable * 8}
     return {
         "base weights": total * base_bytes,
         **training,
@@ -393,6 +398,7 @@ def run_adapt(run: Request, rows: Rows, going_on: bool, say: Callable[[str], Non
         "validation": _short(result.validation),
         "test": _short(test),
         "file_bytes": result.file_bytes,
+        "optimizer_bytes": result.optimizer_bytes,
         "ranks": result.ranks,
         "data": splits.report,
     }

@@ -181,7 +181,8 @@ def _header(plan: Plan, request: Row, extras: Extras) -> Row:
 
 def _forgetting(plan: Plan, output: Path, observer: Observer, debug: bool) -> Row | None:
     """The text that forgetting is measured on, made once a study and kept beside its results."""
-    if plan.task != "causal-lm" or plan.study.forget_data == "none":
+    study = plan.study
+    if plan.task != "causal-lm" or study.forget_data == "none" or (study.from_scratch and study.forget_data is None):
         return None
     path = output / "forgetting.json"
     if path.exists():

@@ -86,6 +86,30 @@ def measuring_memory() -> Iterator[Measurement]:
     seen.peak_bytes = None if peak is None or before is None else max(0, peak - before)
 
 
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of the tensors that an optimiser keeps between steps, in whatever its state holds them."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    seen: set[int] = set()
+
+    def size(value: Any) -> int:
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if is_traceable_wrapper_subclass(value):  # torchao's codes and scales, say
+                return sum(size(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+            return value.numel() * value.element_size()
+        if isinstance(value, dict):
+            return sum(size(each) for each in value.values())
+        if isinstance(value, list | tuple):
+            return sum(size(each) for each in value)
+        return sum(size(each) for each in vars(value).values()) if hasattr(value, "__dict__") else 0
+
+    return size(dict(getattr(optimizer, "optimizer", optimizer).state))
+
+
 def restart_peak() -> None:
     """Forget the peak so far, for what is not to count (reading a checkpoint needs more than training from it may)."""
     import torch

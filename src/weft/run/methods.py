@@ -1,5 +1,8 @@
 """Methods by name: weft's own, PEFT's own (`peft:lora`), and the references `base`, `head` and `full`.
 
+What weft gives no parameter groups of its own, PEFT's methods and `full`, can name its optimiser after an @: one of
+weft's (`full@galore`, `peft:lora@lora_pro`) or of HF Trainer's (`full@hf:adafactor`).
+
 `resolve` checks a name and its options without loading any model; `attach` puts the method on a model.
 """
 
@@ -9,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import re
+import tempfile
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +57,14 @@ _PEFT_LEARNING_RATES = {
 _LORA_LEARNING_RATE = 3e-4
 _REFERENCE_LEARNING_RATES = {"base": 0.0, "head": 1e-3, "full": 2e-5}
 _COMMON_RECIPE = {"weight_decay": 0.0, "warmup_ratio": 0.05, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
+# AdamW's for small Llamas from random weights, in GaLore's and later papers
+_PRETRAINING = {"learning_rate": 1e-3, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"}
+
+# What HF Trainer takes beside an optimiser's name, in its own words and with its own names for them.
+_HF_OPTIONS = (
+    _options.Option("optim_args", str | None, None, "the optimiser's arguments: rank=128,update_proj_gap=200"),
+    _options.Option("optim_target_modules", list[str] | str | None, None, "layers that galore_* and apollo_* project"),
+)
 
 # Fields of PEFT's configs that describe a saved adapter or the machine, not a choice of the user.
 _INTERNAL = frozenset(
@@ -76,6 +88,7 @@ class Method:
         recipe: the method's own training recipe, keys of TrainingArguments.
         knob: the config field that sets the number of trainable parameters; None where there is none.
         options: what the user set, by field name.
+        optimizer: the name after an @, with its options; None for AdamW.
     """
 
     name: str
@@ -83,6 +96,12 @@ class Method:
     recipe: dict[str, Any]
     knob: str | None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: tuple[str, dict[str, Any]] | None = None
+
+    @property
+    def trains(self) -> str:
+        """The name without the optimiser's: what is put on the model."""
+        return self.name.partition("@")[0]
 
 
 def _peft_kinds() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -136,8 +155,58 @@ def _config_class(name: str) -> type | None:
     return registry.config_class(name)
 
 
+def optimizer_options(name: str) -> list[_options.Option]:
+    """The options of an optimiser. Raises UsageError for an unknown name, and where the name is of nothing like it."""
+    if not name.startswith("hf:"):
+        registry.card(name, "optim")
+        return _options.from_config(registry.config_class(name))
+    from transformers.training_args import OptimizerNames
+
+    known = [f"hf:{each.value}" for each in OptimizerNames]
+    if name not in known:
+        raise UsageError(f"unknown optimizer {name!r}: {nearest(name, known)}")
+    return list(_HF_OPTIONS)
+
+
+def parts(name: str) -> tuple[str, str | None]:
+    """A method's name and its optimiser's. Raises UsageError where the two do not go together."""
+    trains, at, optimizer = name.partition("@")
+    if not at:
+        return name, None
+    if trains != "full" and not trains.startswith("peft:"):
+        raise UsageError(
+            f"optimizer={optimizer!r} does not go with method {trains}: weft's adapters declare parameter groups of "
+            "their own for AdamW; use full, or PEFT's own as peft:lora"
+        )
+    return trains, optimizer
+
+
+def _optimizer_keys(trains: str, optimizer: str) -> dict[str, str]:
+    """Option of the optimiser → what it is called beside the method's: its name first where both have one so called."""
+    taken = {option.name for option in method_options(trains)}
+    names = [option.name for option in optimizer_options(optimizer)]
+    return {name: f"{optimizer}_{name}" if name in taken else name for name in names}
+
+
+def optimizer_values(method: Method) -> dict[str, Any]:
+    """The value of each option of its optimiser, given or default, by what it is called beside the method's."""
+    if method.optimizer is None:
+        return {}
+    name, given = method.optimizer
+    values = {option.name: option.default for option in optimizer_options(name)} | given
+    return {key: values[own] for own, key in _optimizer_keys(method.trains, name).items()}
+
+
 def method_options(name: str) -> list[_options.Option]:
-    """The options of a method, in the order of its config's fields. Raises UsageError for an unknown name."""
+    """The options of a method, in the order of its config's fields, then its optimiser's.
+
+    Raises UsageError for an unknown name.
+    """
+    name, optimizer = parts(name)
+    if optimizer is not None:
+        keys = _optimizer_keys(name, optimizer)
+        theirs = [dataclasses.replace(each, name=keys[each.name]) for each in optimizer_options(optimizer)]
+        return [*method_options(name), *theirs]
     config_class = _config_class(name)
     if config_class is None:
         return []
@@ -147,17 +216,25 @@ def method_options(name: str) -> list[_options.Option]:
     return _options.from_config(config_class, frozenset(hidden))
 
 
-def resolve(name: str, options: dict[str, Any] | None = None) -> Method:
+def resolve(name: str, options: dict[str, Any] | None = None, *, from_scratch: bool = False) -> Method:
     """The method called `name` with the given options, all checked; no model is loaded.
 
     Target modules that are not given are every linear layer but the head (PEFT's "all-linear").
+
+    Args:
+        from_scratch: the model starts from random weights, which changes the recipe of `full` and of its optimisers.
+
     Raises UsageError for an unknown method or option, a wrong type, or a value that the method refuses.
     """
+    trains, optimizer = parts(name)
+    if optimizer is not None:
+        return _with_optimizer(name, trains, optimizer, dict(options or {}), from_scratch)
     config_class = _config_class(name)
     given = _options.check(name, method_options(name), dict(options or {}))
     if config_class is None:
-        learning_rate = _REFERENCE_LEARNING_RATES[name]
-        return Method(name, None, {"learning_rate": learning_rate, **_COMMON_RECIPE}, None, {})
+        recipe = {"learning_rate": _REFERENCE_LEARNING_RATES[name], **_COMMON_RECIPE}
+        recipe |= _PRETRAINING if from_scratch and name == "full" else {}
+        return Method(name, None, recipe, None, {})
     fields = dict(given)
     if name.startswith("peft:"):
         kind, variant = _peft_kinds()[name.removeprefix("peft:")]
@@ -185,6 +262,29 @@ def resolve(name: str, options: dict[str, Any] | None = None) -> Method:
         raise UsageError(f"{name}: {_one_sentence(error)}") from error
     _check_positive_rank(name, config)
     return Method(name, config, recipe, knob, given)
+
+
+def _with_optimizer(name: str, trains: str, optimizer: str, given: dict[str, Any], from_scratch: bool) -> Method:
+    """A method that steps by another optimiser than AdamW.
+
+    The optimiser's recipe is for pretraining or for fine-tuning. In the other of the two its learning rate is to
+    AdamW's as it is in its own, and the schedule is AdamW's.
+    """
+    keys = {key: option for option, key in _optimizer_keys(trains, optimizer).items()}
+    given = _options.check(name, method_options(name), given)
+    method = resolve(trains, {k: v for k, v in given.items() if k not in keys}, from_scratch=from_scratch)
+    theirs = {keys[key]: value for key, value in given.items() if key in keys}
+    recipe = dict(method.recipe)
+    if not optimizer.startswith("hf:"):
+        card = registry.card(optimizer, "optim")
+        registry.config_class(optimizer).from_options(theirs)  # type: ignore[attr-defined]
+        own = dict(card.recipe)
+        if trains == "full" and card.pretraining != from_scratch:
+            ratio = _PRETRAINING["learning_rate"] / _REFERENCE_LEARNING_RATES["full"]  # type: ignore[operator]
+            rate = own["learning_rate"] * (ratio if from_scratch else 1 / ratio)
+            own = {"learning_rate": float(f"{rate:.3g}"), "weight_decay": own.get("weight_decay", 0.0)}
+        recipe |= own
+    return dataclasses.replace(method, name=name, recipe=recipe, options=given, optimizer=(optimizer, theirs))
 
 
 def kind_takes_linear_targets(config_class: type) -> bool:
@@ -245,14 +345,15 @@ def following(method: Method, run: dict[str, Any]) -> Method:
     """
     known = {option.name for option in method_options(method.name)}
     values = {name: run[name] for name in OF_THE_RUN if name in run and name in known - method.options.keys()}
-    if not values or method.config is None:
+    if not values or (method.config is None and method.optimizer is None):
         return method
     return resolve_with(method, values)
 
 
 def resolve_with(method: Method, values: dict[str, Any]) -> Method:
     """The method with further options, and the same record of what the user set."""
-    return dataclasses.replace(resolve(method.name, {**method.options, **values}), options=method.options)
+    turned = resolve(method.name, {**method.options, **values})
+    return dataclasses.replace(turned, options=method.options, recipe=method.recipe)
 
 
 def check_fits(method: Method, model: nn.Module) -> list[str]:
@@ -261,6 +362,7 @@ def check_fits(method: Method, model: nn.Module) -> list[str]:
     Raises UsageError where nothing matches (listing what there is) or a rank exceeds a matched weight's shorter side.
     """
     if method.config is None:
+        _check_optimizer(method, model)
         return []
     import torch
 
@@ -297,6 +399,25 @@ def check_fits(method: Method, model: nn.Module) -> list[str]:
     return matched
 
 
+def _check_optimizer(method: Method, model: nn.Module) -> None:
+    """Raise UsageError where the optimiser cannot step the model, which may be without weights."""
+    if method.optimizer is None:
+        return
+    name, options = method.optimizer
+    if not name.startswith("hf:"):
+        from weft.optim import optimizer
+
+        optimizer(name, model, lr=method.recipe["learning_rate"], **options)
+        return
+    from transformers import Trainer, TrainingArguments
+
+    asked = TrainingArguments(output_dir=tempfile.gettempdir(), optim=name.removeprefix("hf:"), **options, use_cpu=True)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(asked, model)  # type: ignore[arg-type]
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{name}: {_one_sentence(error)}") from error
+
+
 def _rank_of(config: PeftConfig, name: str, field: str) -> int:
     """The rank that a module gets: PEFT's rank_pattern holds name endings or regular expressions."""
     for pattern, rank in (getattr(config, "rank_pattern", None) or {}).items():
@@ -329,7 +450,7 @@ def matched_modules(method: Method, model: nn.Module) -> list[str]:
 
 def needs(method: Method) -> tuple[str, ...]:
     """What the method must be given before it attaches, by the names that `weft.prepare` takes."""
-    own = method.config is not None and not method.name.startswith("peft:")
+    own = method.config is not None and not method.trains.startswith("peft:")
     return registry.card(method.name).needs if own else ()
 
 
@@ -347,18 +468,18 @@ def attach(
     """
     import weft
 
-    if method.name == "base":
+    if method.trains == "base":
         return model.requires_grad_(False)
-    if method.name == "full":
+    if method.trains == "full":
         return model.requires_grad_(True)
-    if method.name == "head":
+    if method.trains == "head":
         return _train_head_only(model)
     from peft import get_peft_model
 
     check_fits(method, model)
     config = config_for(method, model)
     try:
-        if not method.name.startswith("peft:"):
+        if not method.trains.startswith("peft:"):
             # what a run loads has no other original
             served = {"batches": batches, "held_out": held_out, "original_weights": model}
             weft.prepare(model, config, **{need: served[need] for need in needs(method) if need in served})

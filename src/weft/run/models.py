@@ -1,18 +1,27 @@
-"""Base models by name: a hub id, a folder, or `builtin:pycode`; with their weights, or only their shapes."""
+"""Base models by name: a hub id, a folder, or `builtin:pycode`; with their weights, or only their shapes.
+
+`config:NAME` is a model of that config with random weights. After a question mark it takes the tokenizer's name and
+fields of the config that are to be other than saved: `config:llama.json?tokenizer=gpt2&hidden_size=256`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, urlencode
 
-from weft.errors import UsageError, WeftError
+from weft.errors import UsageError, WeftError, nearest
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 TASKS = ("causal-lm", "classification")
+_SCRATCH = "config:"
+
+# Fields that configs work out by themselves where they are not given: those they follow from.
+_DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "layer_types": ("num_hidden_layers",)}
 
 
 @dataclass
@@ -25,8 +34,36 @@ class Base:
     task: str = "causal-lm"
 
 
+def from_scratch(spec: str) -> bool:
+    """Whether the model starts from random weights."""
+    return spec.startswith(_SCRATCH)
+
+
+def scratch_spec(config: str, tokenizer: str | None, fields: dict[str, str]) -> str:
+    """The name of a model with random weights.
+
+    >>> scratch_spec("llama.json", "gpt2", {"hidden_size": "256"})
+    'config:llama.json?tokenizer=gpt2&hidden_size=256'
+    """
+    query = urlencode(({"tokenizer": tokenizer} if tokenizer else {}) | fields, safe="/:[], ", quote_via=quote)
+    return _SCRATCH + config + (f"?{query}" if query else "")
+
+
+def _scratch(spec: str) -> tuple[str, str | None, dict[str, str]]:
+    """`scratch_spec`'s arguments. Raises UsageError where there is no NAME=VALUE."""
+    config, _, query = spec.removeprefix(_SCRATCH).partition("?")
+    try:
+        fields = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError:
+        raise UsageError(f"model {spec!r}: {query!r} must be tokenizer=NAME and FIELD=VALUE between &") from None
+    return config, fields.pop("tokenizer", None), fields
+
+
 def locate(spec: str) -> str:
     """What `from_pretrained` takes for a model given by the user. Raises UsageError for a folder that is no model."""
+    if from_scratch(spec):
+        config, _, _ = _scratch(spec)
+        return config if Path(config).is_file() else locate(config)
     if spec.startswith("builtin:"):
         from weft import builtin
 
@@ -51,8 +88,17 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, able to pad."""
     from transformers import AutoTokenizer
 
+    path = locate(spec)
+    if from_scratch(spec):
+        config, tokenizer_name, _ = _scratch(spec)
+        if tokenizer_name is not None and not tokenizer_name.startswith("builtin:"):
+            path = tokenizer_name  # a folder need not hold a model
+        elif tokenizer_name is not None:
+            path = locate(tokenizer_name)
+        elif Path(config).is_file():
+            raise UsageError(f"model {spec!r}: --tokenizer is missing, as {config} is a config alone")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(spec))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise WeftError(f"cannot load the tokenizer of {spec!r}: {_reason(error)}") from error
     if tokenizer.pad_token_id is None:
@@ -90,6 +136,8 @@ def load_base(
     path = locate(spec)
     config = _load_config(spec, path, num_labels, labels)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
+    if from_scratch(spec):
+        _fit_vocabulary(spec, config, tokenizer)
     if task == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     auto = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
@@ -107,8 +155,10 @@ def load_base(
 
             AutoHfQuantizer.from_config(config.quantization_config).preprocess_model(model)
         return Base(model, tokenizer, spec, task)
-    check_safetensors(Path(path))
     torch.manual_seed(seed)
+    if from_scratch(spec):
+        return Base(auto.from_config(config, dtype=dtype), tokenizer, spec, task)
+    check_safetensors(Path(path))
     try:
         model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -129,6 +179,8 @@ def load_as_saved(spec: str, *, bf16: bool = False, weights: bool = True) -> Any
     import torch
     import transformers
 
+    if from_scratch(spec):
+        raise UsageError(f"model {spec!r} has random weights; give one that was trained")
     path = locate(spec)
     config = _load_config(spec, path, None, None)
     name = (config.architectures or [""])[0]
@@ -182,11 +234,48 @@ def _load_config(spec: str, path: str, num_labels: int | None, labels: list[str]
     elif num_labels is not None:
         extra = {"num_labels": num_labels}
     try:
-        return AutoConfig.from_pretrained(path, **extra)
+        config = AutoConfig.from_pretrained(path, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"model {spec!r} is not on this disk and cannot be had from the hub: {_reason(error)}"
         ) from error
+    return _changed(spec, config) if from_scratch(spec) else config
+
+
+def _changed(spec: str, config: Any) -> Any:
+    """The config with the fields that the name of a model from random weights gives."""
+    import yaml
+    from huggingface_hub.errors import StrictDataclassError
+
+    if getattr(config, "quantization_config", None):
+        raise UsageError(f"model {spec!r}: the config is of a compressed or quantised model, which starts from weights")
+    fields = _scratch(spec)[2]
+    saved = config.to_dict()
+    for name in fields:
+        if name not in saved:
+            raise UsageError(f"model {spec!r}: its config has no field {name!r}: {nearest(name, saved)}")
+    for name, sources in _DERIVED.items():
+        if name not in fields and any(source in fields for source in sources):
+            saved.pop(name, None)
+    try:
+        return type(config).from_dict(saved | {name: yaml.safe_load(value) for name, value in fields.items()})
+    except (ValueError, TypeError, StrictDataclassError, yaml.YAMLError) as error:  # what a config checks itself
+        raise UsageError(f"model {spec!r}: {_reason(error.__cause__ or error)}") from error
+
+
+def _fit_vocabulary(spec: str, config: Any, tokenizer: Any) -> None:
+    """Let a config take the vocabulary and special tokens of a tokenizer that is not its own."""
+    _, named, fields = _scratch(spec)
+    text = config.get_text_config()
+    if named is not None and "vocab_size" not in fields:
+        text.vocab_size = len(tokenizer)
+    if len(tokenizer) > text.vocab_size:
+        raise UsageError(
+            f"model {spec!r}: vocab_size={text.vocab_size} is smaller than the tokenizer's {len(tokenizer):,} tokens"
+        )
+    if named is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(text, name, getattr(tokenizer, name))
 
 
 def check_safetensors(folder: Path) -> None:

@@ -59,9 +59,10 @@ class Silent:
 def method_options(study: Study, name: str) -> dict[str, Any]:
     """The options of one method: the study's targets, and what was set for it alone."""
     from weft.run.methods import method_options as options_of
+    from weft.run.methods import parts
 
     options = dict(study.options.get(name, {}))
-    takes = {option.name for option in options_of(name)}
+    takes = {option.name for option in options_of(parts(name)[0])}
     if "target_modules" in takes and "target_parameters" not in options:
         options.setdefault("target_modules", study.target_modules)
     return options
@@ -72,7 +73,7 @@ def _counter(study: Study, name: str, skeleton: nn.Module) -> Callable[[dict[str
     from weft.run import methods
 
     def count(options: dict[str, Any]) -> tuple[Method, int]:
-        method = methods.resolve(name, {**method_options(study, name), **options})
+        method = methods.resolve(name, {**method_options(study, name), **options}, from_scratch=study.from_scratch)
         methods.check_fits(method, skeleton)
         try:
             return method, methods.count_trainable(method, skeleton)
@@ -116,7 +117,7 @@ def plan_study(study: Study, observer: Observer | None = None) -> Plan:
         if name == "base":
             continue
         if name in methods.REFERENCES:
-            entries.append(_reference(name, skeleton))
+            entries.append(_reference(name, skeleton, study.from_scratch))
         else:
             entries.append(_entry(study, name, skeleton, notes))
     shared = study.budget.params
@@ -131,10 +132,10 @@ def plan_study(study: Study, observer: Observer | None = None) -> Plan:
     return plan
 
 
-def _reference(name: str, skeleton: nn.Module) -> Entry:
+def _reference(name: str, skeleton: nn.Module, from_scratch: bool = False) -> Entry:
     from weft.run import methods
 
-    method = methods.resolve(name, {})
+    method = methods.resolve(name, {}, from_scratch=from_scratch)
     recipe = {} if name == "base" else dict(method.recipe)
     return Entry(name, {}, recipe, None, methods.count_trainable(method, skeleton))
 
@@ -146,6 +147,8 @@ def _entry(study: Study, name: str, skeleton: nn.Module, notes: list[str]) -> En
     given, wanted = study.options.get(name, {}), study.budget.params
     turned = methods.resolve(name, method_options(study, name)).knob
     knob: budgets.Knob | None = None
+    if methods.parts(name)[0] in methods.REFERENCES:  # all of the model, whatever it is stepped by
+        wanted = None
     if wanted is not None and turned is not None and turned not in given:
         knob = budgets.solve_knob(turned, lambda value: count({turned: value})[1], wanted)
         method, trainable = count({turned: knob.value})

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft import registry
 from weft.errors import UsageError, nearest
-from weft.run import options as _options
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
 
 
 def _setting(default: Any, help_text: str) -> Any:
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help_text})
     return dataclasses.field(default=default, metadata={"help": help_text})
 
 
@@ -37,10 +33,6 @@ class TrainSettings:
     warmup_ratio: float | None = _setting(None, "share of the steps in which the learning rate rises")
     max_grad_norm: float | None = _setting(None, "largest norm of the gradient, 0 for any; none takes the method's own")
     lr_scheduler_type: str | None = _setting(None, "HF's name of the schedule; none takes the method's own")
-    optimizer: str | None = _setting(
-        None, "an optimiser of `weft methods --pillar optim`, for full training and PEFT's own; none takes AdamW"
-    )
-    optimizer_options: dict[str, str] = _setting({}, "the optimiser's own options: rank=128,update_proj_gap=200")
     seed: int = _setting(0, "draws the adapter's start, the order of rows and dropout")
     bf16: bool = _setting(False, "compute in bfloat16; an adapter's base weights are kept in it too")
     max_length: int = _setting(512, "tokens a row at most")
@@ -70,10 +62,6 @@ class TrainSettings:
             raise UsageError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
         if self.max_length < 2:
             raise UsageError(f"max_length must be at least 2 tokens, not {self.max_length}")
-        if self.optimizer is not None:
-            optimizer_options(self.optimizer, self.optimizer_options)
-        elif self.optimizer_options:
-            raise UsageError("optimizer_options are given, and no optimizer")
         if self.lr_scheduler_type is not None:
             from transformers import SchedulerType
 
@@ -84,23 +72,16 @@ class TrainSettings:
                 )
 
     def with_recipe(self, method: Method) -> TrainSettings:
-        """The settings with every gap filled from the optimiser's recipe, or else from the method's."""
-        own = registry.card(self.optimizer, "optim").recipe if self.optimizer else {}
+        """The settings with every gap filled from the method's recipe."""
         gaps = {
             key: value
-            for key, value in {**method.recipe, **own}.items()
+            for key, value in method.recipe.items()
             if key in {entry.name for entry in dataclasses.fields(self)} and getattr(self, key) is None
         }
         return dataclasses.replace(self, **gaps)
 
 
-def optimizer_options(name: str, given: dict[str, str]) -> dict[str, Any]:
-    """The options of an optimiser, each of its own type. Raises UsageError for an unknown name, option or value."""
-    registry.card(name, "optim")
-    return _options.check(name, _options.from_config(registry.config_class(name)), given)
-
-
-def training_arguments(settings: TrainSettings, output: Path | None) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, output: Path | None, method: Method) -> TrainingArguments:
     """Trainer's own arguments for settings without gaps; logging, saving and evaluation are ours."""
     from transformers import TrainingArguments
 
@@ -113,6 +94,8 @@ def training_arguments(settings: TrainSettings, output: Path | None) -> Training
         "lr_scheduler_type": settings.lr_scheduler_type,
         recompute: settings.gradient_checkpointing,
     }
+    if method.optimizer is not None and method.optimizer[0].startswith("hf:"):
+        chosen |= {"optim": method.optimizer[0].removeprefix("hf:"), **method.optimizer[1]}
     try:
         arguments = _arguments(settings, output, chosen)
     except ValueError as error:  # what Trainer checks itself: bfloat16 on this machine, say

@@ -156,6 +156,7 @@ def empty_row(plan: Plan, task: Task) -> Row:
         "step_seconds": None,
         "peak_bytes": None,
         "file_bytes": None,
+        "optimizer_bytes": None,
         "command": command_of(plan, task),
     }
 
@@ -163,7 +164,8 @@ def empty_row(plan: Plan, task: Task) -> Row:
 def _method_of(plan: Plan, task: Task) -> Method:
     from weft.run import methods
 
-    return methods.resolve(task.method, plan.entry(task.method).options)
+    options = plan.entry(task.method).options
+    return methods.resolve(task.method, options, from_scratch=plan.study.from_scratch)
 
 
 def _settings(plan: Plan, task: Task, eval_steps: int) -> Any:
@@ -227,6 +229,7 @@ def _trained(plan: Plan, task: Task, forgetting: Row | None) -> Row:
         "validation": _brief(result.validation),
         "ranks": result.ranks or None,
         "file_bytes": result.file_bytes,
+        "optimizer_bytes": result.optimizer_bytes,
     }
     if task.phase == "grid":
         return row

@@ -35,7 +35,8 @@ class Study:
         grid_extend: how often a grid may grow when its best point lies on the edge.
         measure_steps, measure_repeats: optimiser steps of a timing run, and how many of them each method gets.
         evaluations: of the validation split in the course of a final run, for its learning curve.
-        forget_data: text to measure forgetting on; None: text sampled from the base model; "none": not measured.
+        forget_data: text to measure forgetting on; None: text sampled from the base model, unless that is random;
+            "none": not measured.
         generate: prompts of the test split that final runs and the base model answer, for BLEU and ROUGE-L; None: none.
         threads: CPU threads of each run, since their number changes the last bits of a sum.
     """
@@ -97,6 +98,13 @@ class Study:
         strangers = [name for name in self.options if name not in self.methods]
         if strangers:
             raise UsageError(f"--set names {strangers[0]!r}, which is not among --methods {','.join(self.methods)}")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the base model has random weights."""
+        from weft.run.models import from_scratch
+
+        return from_scratch(self.model)
 
     @property
     def final_seeds(self) -> list[int]:

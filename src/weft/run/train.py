@@ -31,10 +31,11 @@ from weft.run.loop import (
     collate_counting,
     shared_evaluation,
 )
+from weft.run.measure import state_bytes
 from weft.run.methods import Method
 from weft.run.models import Base
 from weft.run.progress import Progress
-from weft.run.settings import TrainSettings, optimizer_options, training_arguments
+from weft.run.settings import TrainSettings, training_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,7 @@ class TrainResult:
         validation: the metrics of `evaluate` at the end.
         seconds: wall time of this process's part, set-up and evaluation included.
         file_bytes: bytes of the tensors that a user would pass on.
+        optimizer_bytes: bytes of the optimiser's state after the last step.
         ranks: the rank of each adapted module, for methods that have one.
     """
 
@@ -63,6 +65,7 @@ class TrainResult:
     validation: dict[str, Any]
     seconds: float
     file_bytes: int | None
+    optimizer_bytes: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
 
 
@@ -134,7 +137,7 @@ def train(
     """
     started = time.perf_counter()
     settings = settings.with_recipe(method)
-    args = training_arguments(settings, output)
+    args = training_arguments(settings, output, method)
     output = Path(output) if output is not None else None
     torch.manual_seed(settings.seed)
     base.model.to(args.device)
@@ -156,14 +159,15 @@ def train(
             f"go on with as many, not {args.world_size}"
         )
     curve: list[dict[str, Any]] = []
-    steps, validation = 0, {}
+    steps, optimizer_bytes, validation = 0, 0, {}
     if trainable:
         bar = Progress() if progress and args.process_index == 0 else None
         watch = Watch(splits, settings, output, bar, facts)
         if output is not None and args.process_index == 0:
             output.mkdir(parents=True, exist_ok=True)
             _trim_metrics(output / METRICS, facts.get("step", 0))
-        steps = _run(model, splits, method, settings, args, watch, checkpoint)
+        trainer = _run(model, splits, method, settings, args, watch, checkpoint)
+        steps, optimizer_bytes = trainer.state.global_step, state_bytes(trainer.optimizer)
         curve = watch.curve
         if watch.evaluated[0] == steps:
             validation = watch.evaluated[1]
@@ -177,6 +181,7 @@ def train(
         validation=validation,
         seconds=time.perf_counter() - started,
         file_bytes=file_bytes,
+        optimizer_bytes=optimizer_bytes,
         ranks=ranks,
     )
 
@@ -189,12 +194,13 @@ def _run(
     args: TrainingArguments,
     watch: Watch,
     checkpoint: Path | None,
-) -> int:
-    """Run Trainer's loop with `watch` beside it; the steps taken."""
+) -> StepTrainer:
+    """Run Trainer's loop with `watch` beside it; the trainer after its last step."""
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
-    if settings.optimizer is not None:
-        extra["optimizers"] = _own_optimizer(model, settings, args), None
+    if method.optimizer is not None:
+        if not method.optimizer[0].startswith("hf:"):
+            extra["optimizers"] = _own_optimizer(model, method, args), None
     elif method.config is not None and not method.name.startswith("peft:"):
         import weft
 
@@ -210,7 +216,8 @@ def _run(
     if trainer.adalora is not None:
         trainer.add_callback(trainer.adalora)
     if checkpoint is not None and int(watch.facts["step"]) >= total_steps(splits, args):
-        return _restore_finished(trainer, checkpoint, int(watch.facts["step"]))
+        _restore_finished(trainer, checkpoint, int(watch.facts["step"]))
+        return trainer
     with StopOnSignal(watch):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -219,24 +226,25 @@ def _run(
                 watch.progress.stop()
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step, checkpoints.newest(watch.output) if watch.output else None)
-    return trainer.state.global_step
+    return trainer
 
 
-def _own_optimizer(model: nn.Module, settings: TrainSettings, args: TrainingArguments) -> torch.optim.Optimizer:
-    """The optimiser that the settings name. Raises UsageError where it does not fit the model."""
+def _own_optimizer(model: nn.Module, method: Method, args: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimiser of weft that the method names. Raises UsageError where it does not fit the model."""
     from weft.optim import optimizer
 
-    options = optimizer_options(settings.optimizer or "", settings.optimizer_options)
-    return optimizer(settings.optimizer, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    assert method.optimizer is not None
+    name, options = method.optimizer
+    return optimizer(name, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
-def _restore_finished(trainer: StepTrainer, checkpoint: Path, step: int) -> int:
+def _restore_finished(trainer: StepTrainer, checkpoint: Path, step: int) -> None:
     """Put back a run that had taken its last step when it ended; Trainer would take one more."""
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.create_optimizer_and_scheduler(step)
     state = torch.load(checkpoint / "optimizer.pt", map_location=trainer.args.device, weights_only=True)
     trainer.optimizer.load_state_dict(state)  # the methods' own state travels in it
-    return step
+    trainer.state.global_step = step
 
 
 def total_steps(splits: Splits, args: TrainingArguments) -> int:
