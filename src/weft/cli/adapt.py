@@ -5,8 +5,10 @@ A method's own options appear in `weft adapt --method sora --help`. Every option
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,29 +39,37 @@ def build(argv: list[str]) -> Callable[..., None]:
         ),
     ]
     common = _adapt.run_options()
-    parameters += [_flags.parameter(option, _panel(option)) for option in common]
+    parameters += [_flags.parameter(option, panel(option)) for option in common]
     method = _flags.method_of(argv)
     doc = _DOC
     if method is None:
         doc += "\n\nA method's own options: [bold]weft adapt --method NAME --help[/bold]"
     else:
-        from weft.run.methods import method_options
-
-        keys = _adapt.method_keys_of(method)
-        parameters += [
-            _flags.parameter(option, f"Options of {method}", keys[option.name]) for option in method_options(method)
-        ]
+        parameters += method_parameters(method, f"Options of {method}")
     return _flags.function(_run, parameters, doc)
 
 
-def _panel(option: Option) -> str:
+def method_parameters(method: str, heading: str) -> list[inspect.Parameter]:
+    """What typer reads of a method's own options."""
+    from weft.run.methods import method_options
+
+    keys = _adapt.method_keys_of(method)
+    return [_flags.parameter(option, heading, keys[option.name]) for option in method_options(method)]
+
+
+def panel(option: Option) -> str:
+    """Under which heading the help lists an option of every run."""
     return "What" if option.name in _adapt.AdaptOptions.__dataclass_fields__ else "Training"
 
 
 def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags: Any) -> None:
     given = {**(_adapt.read_run_file(config) if config else {})}
     given |= {key: value for key, value in flags.items() if value is not None}
-    given = {key: value for key, value in given.items() if value is not None}
+    go({key: value for key, value in given.items() if value is not None}, bool(dry_run), resume, "adapt --config")
+
+
+def go(given: dict[str, Any], dry_run: bool, resume: bool | None, verb: str) -> None:
+    """Do a run, given by the keys of a run file; `verb` is what a run file is given to, to go on with it."""
     request = _adapt.request(given)
     if not dry_run and not request.options.output:
         raise UsageError("--output is missing: a folder for the adapter, checkpoints, metrics and the run file")
@@ -73,7 +83,7 @@ def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags:
         )
     rows = _adapt.read_rows(request.options)
     outline = _adapt.outline(request, rows)
-    for line in outline_lines(request, outline, whole=bool(dry_run)):
+    for line in outline_lines(request, outline, whole=dry_run):
         say(line)
     if dry_run:
         return
@@ -82,23 +92,29 @@ def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags:
     try:
         result = _adapt.run_adapt(request, rows, going_on, say)
     except Interrupted as stopped:
-        raise Interrupted(stopped.step, stopped.checkpoint, resume_command(request)) from None
+        raise Interrupted(stopped.step, stopped.checkpoint, resume_command(request, verb)) from None
     except KeyboardInterrupt:  # beside the steps: while loading, or while the result is evaluated and written
-        raise _interrupted_beside(request) from None
+        raise _interrupted_beside(request, verb) from None
     for split in ("validation", "test"):
         if result[split]:
             say(f"{split}: " + ", ".join(f"{name} {_figure(value)}" for name, value in result[split].items()))
     say(f"saved to {request.options.output}")
+    if first:
+        from weft.report import training
+
+        output = Path(str(request.options.output))
+        training.html(output, output / "report.html", f"weft {verb} {shlex.quote(f'{output}/{_adapt.RUN_FILE}')}")
+        say(f"report: {output / 'report.html'}")
 
 
-def _interrupted_beside(request: _adapt.Request) -> WeftError:
+def _interrupted_beside(request: _adapt.Request, verb: str) -> WeftError:
     from weft.run import checkpoints
     from weft.run.loop import Interrupted
 
     newest = checkpoints.newest(Path(str(request.options.output)))
     if newest is None:
         return WeftError("interrupted before the first checkpoint; the same command starts again")
-    return Interrupted(int(newest.name.rpartition("-")[2]), newest, resume_command(request))
+    return Interrupted(int(newest.name.rpartition("-")[2]), newest, resume_command(request, verb))
 
 
 def _launched_alone(environment: Mapping[str, str]) -> bool:
@@ -111,14 +127,12 @@ def _launched_alone(environment: Mapping[str, str]) -> bool:
     return asked and not any(name in environment for name in ranks)
 
 
-def resume_command(request: _adapt.Request) -> str:
+def resume_command(request: _adapt.Request, verb: str) -> str:
     """The line that goes on with an interrupted run."""
-    import shlex
-
     file = shlex.quote(f"{request.options.output}/{_adapt.RUN_FILE}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     again = f" (launched with {processes} processes again)" if processes > 1 else ""
-    return f"weft adapt --config {file} --resume{again}"
+    return f"weft {verb} {file} --resume{again}"
 
 
 def outline_lines(request: _adapt.Request, outline: _adapt.Outline, whole: bool) -> list[str]:

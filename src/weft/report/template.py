@@ -20,13 +20,14 @@ from weft.report.quantities import NOTHING, finite
 from weft.run.ranking import DRAWS, LEVEL
 
 
-def page(name: str, script: str, data: Any, **values: Any) -> str:
+def page(name: str, script: str, data: Any, *, verb: str = "compare", **values: Any) -> str:
     """The text of a report.
 
     Args:
         name: of the template, which extends base.html.j2.
         script: the JavaScript file that draws its figures, behind figures.js.
         data: the numbers behind the figures, which travel as JSON.
+        verb: of the command that wrote it.
         values: what the template names.
     """
     loader = jinja2.FunctionLoader(asset)
@@ -41,6 +42,7 @@ def page(name: str, script: str, data: Any, **values: Any) -> str:
         figures=asset("figures.js"),
         script=asset(script),
         library=library(),
+        verb=verb,
         **values,
     )
 
