@@ -203,9 +203,11 @@ def update_in_backward(optimizer: Projected, *, accumulation: int = 1) -> list[A
     handles = []
     for place, group in enumerate(optimizer.param_groups):
         for name, p in named(group, place):
-            if p.requires_grad:
-                hook = _Backward(optimizer, place, name, accumulation)
-                handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[attr-defined]
+            trained = p.requires_grad
+            p.requires_grad_(True)  # what is frozen now may be trained later, and takes no hook until then
+            hook = _Backward(optimizer, place, name, accumulation)
+            handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[attr-defined]
+            p.requires_grad_(trained)
     return handles
 
 

@@ -194,7 +194,8 @@ def _run(
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
     if settings.optimizer is not None:
-        extra["optimizers"] = _own_optimizer(model, settings, args), None
+        batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
+        extra["optimizers"] = _own_optimizer(model, settings, args, batches), None
     elif method.config is not None and not method.name.startswith("peft:"):
         import weft
 
@@ -222,12 +223,19 @@ def _run(
     return trainer.state.global_step
 
 
-def _own_optimizer(model: nn.Module, settings: TrainSettings, args: TrainingArguments) -> torch.optim.Optimizer:
+def _own_optimizer(
+    model: nn.Module, settings: TrainSettings, args: TrainingArguments, batches: _Batches
+) -> torch.optim.Optimizer:
     """The optimiser that the settings name. Raises UsageError where it does not fit the model."""
+    from weft import registry
     from weft.optim import optimizer
 
     options = optimizer_options(settings.optimizer or "", settings.optimizer_options)
-    return optimizer(settings.optimizer, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    if "batches" in registry.card(settings.optimizer or "").needs:
+        options["batches"] = batches
+    made = optimizer(settings.optimizer, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    args.ddp_find_unused_parameters = made.freezes
+    return made
 
 
 def _restore_finished(trainer: StepTrainer, checkpoint: Path, step: int) -> int:
