@@ -173,9 +173,13 @@ def test_tensorboard_needs_its_package_or_works(weft, adapt_words, tmp_path):
         assert code == 2 and "pip install tensorboard" in err
 
 
-def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_words, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [("galore", "rank=4,update_proj_gap=2,scale=1"), ("owlore", "rank=4,activated_layers=1,sampling_interval=1")],
+)
+def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(optimizer, options, weft, adapt_words, tmp_path):
     """What a run that was cut short ends with is what one that went through ends with, bit for bit."""
-    words = ["--optimizer", "galore", "--optimizer-options", "rank=4,update_proj_gap=2,scale=1", "--save-steps", 3]
+    words = ["--optimizer", optimizer, "--optimizer-options", options, "--save-steps", 3]
     words += ["--lr-scheduler-type", "constant", "--warmup-ratio", 0]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert weft(*adapt_words(whole, *words, method="full"))[0] == 0
@@ -186,7 +190,7 @@ def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_w
     assert code == 0, err
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     file = yaml.safe_load((whole / "run.yaml").read_text())
-    assert file["optimizer"] == "galore" and file["optimizer_options"]["rank"] == "4"
+    assert file["optimizer"] == optimizer and file["optimizer_options"]["rank"] == "4"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +200,7 @@ def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_w
         ("full", ["--optimizer", "galore", "--optimizer-options", "rnk=4"], "galore has no option 'rnk'"),
         ("full", ["--optimizer", "galore", "--optimizer-options", "rank=four"], "rank must be int, not 'four'"),
         ("full", ["--optimizer", "galore", "--optimizer-options", "rank=999"], "have a side of at most rank=999"),
+        ("full", ["--optimizer", "owlore", "--optimizer-options", "rank=4"], "activated_layers=5 is above the number"),
         ("full", ["--optimizer-options", "rank=4"], "optimizer_options are given, and no optimizer"),
         ("sora", ["--optimizer", "galore"], "does not go with method sora"),
     ],
