@@ -316,6 +316,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_at_every_phase_of_a_draw(stop, k
     assert same(values(model), values(again)) and active(model) == active(again)
 
 
+def test_a_parameter_that_blocks_share_is_trained_with_either_of_them():
+    blocks = [nn.Linear(5, 5) for _ in range(3)]
+    blocks[2].weight = blocks[0].weight
+    parameters = [*blocks[0].parameters(), *blocks[1].parameters(), blocks[2].bias]
+    optimizer = Owlore(parameters, blocks=blocks, activated_layers=1, sampling_interval=1)
+    seen = set()
+    for _ in range(12):
+        (place,) = optimizer.drawn
+        assert [p.requires_grad for block in blocks for p in block.parameters()] == [
+            place in (0, 2), place == 0, place == 1, place == 1, place in (0, 2), place == 2
+        ]  # fmt: skip
+        seen.add(place)
+        for p in parameters:
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+    assert seen == {0, 1, 2}
+
+
 def test_a_step_that_is_not_taken_draws_nothing():
     model = tower()
     optimizer = made(model)
@@ -440,6 +458,8 @@ def test_what_cannot_work_is_refused_in_one_sentence():
         first.load_state_dict(torch.optim.AdamW(tower().parameters()).state_dict())
     with pytest.raises(UsageError, match="3 probabilities do not fit 4 blocks"):
         Owlore(model.parameters(), blocks=model.layers, probabilities=[1.0] * 3)
+    with pytest.raises(UsageError, match="activated_layers=5 is above the number of blocks, 0"):
+        Owlore(model.parameters(), blocks=[])
     with pytest.raises(UsageError, match="Linear has no list of modules: use galore"):
         made(nn.Linear(6, 8))
 

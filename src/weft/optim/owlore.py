@@ -100,7 +100,8 @@ class OwloreConfig(BasisConfig):
 class Owlore(Projected):
     """GaLore's rules on what is trained, and every `sampling_interval` steps a draw of the blocks that are.
 
-    Gradients that are in the way are none, not zero. With `weft.optim.update_in_backward`, `step()` still counts.
+    A frozen block's gradients are None, not zero: by zeros, decay and momentum would move it. Under
+    `weft.optim.update_in_backward`, `step()` is called as always: it counts, and draws.
     """
 
     freezes = True
@@ -157,6 +158,7 @@ class Owlore(Projected):
         self._activate()
 
     def _check_draws(self, p: list[float]) -> None:
+        """Refuse what nothing can be drawn by."""
         for key in ("activated_layers", "sampling_interval"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -217,13 +219,14 @@ class Owlore(Projected):
         """Let the blocks that are drawn, and no others, be trained."""
         if self._waiting:
             return
-        active = {id(p) for place in self.drawn for p in self._of(self.blocks[place])}
-        for p in (p for block in self.blocks for p in self._of(block)):
-            p.requires_grad_(id(p) in active)
-            if id(p) not in active:
-                p.grad = None
-                if not self.keep_states:
-                    self.state.pop(p, None)
+        active = {id(p) for place in self.drawn for p in self._of(self.blocks[place])}  # blocks may share some
+        for block in self.blocks:
+            for p in self._of(block):
+                p.requires_grad_(id(p) in active)
+                if id(p) not in active:
+                    p.grad = None
+                    if not self.keep_states:
+                        self.state.pop(p, None)
 
     def _begin(self, block: nn.Module, args: Any) -> None:
         """Before a forward pass: what waits for the first one in training is done."""
@@ -255,7 +258,7 @@ def draw(p: Sequence[float], count: int, *key: object) -> list[int]:
 def probabilities(sampling: str, scores: Sequence[float]) -> list[float]:
     """p of each block by its score: D for "owl" and "owl_reverse", its norm for "norm"; other ways only count them.
 
-    Uniform where that leaves nothing to go by.
+    Uniform where that leaves nothing to go by. Raises UsageError for a score below 0.
 
     >>> probabilities("owl_reverse", [3.0, 1.0, 2.0])
     [0.0, 0.6666666666666666, 0.3333333333333333]
@@ -272,11 +275,12 @@ def probabilities(sampling: str, scores: Sequence[float]) -> list[float]:
 
 
 def _normalised(p: Iterable[float]) -> list[float]:
+    """p with a sum of 1, uniform where it is 0."""
     p = [float(each) for each in p]
     if not all(0 <= each < math.inf for each in p):
         raise UsageError(f"Owlore: the numbers that blocks are drawn by, {p}, must not be below 0")
     total = math.fsum(p)
-    return [each / total for each in p] if total else [1 / len(p)] * len(p)
+    return [each / total for each in p] if total else [1 / len(p) for _ in p]
 
 
 def _alone() -> bool:
@@ -318,13 +322,13 @@ def _scores(
     if config.sampling == "norm":
         norms = [[float(layer.weight.detach().double().norm()) for layer in linear_layers(block)] for block in blocks]
         return [math.hypot(*each) for each in norms]
-    if found is None and batches is None:
-        raise UsageError(
-            f"sampling={config.sampling!r} counts outliers on calibration data: give batches=..., dicts of what the "
-            "model takes, or the outliers=[...] that weft.optim.outlier_ratios found"
-        )
     if found is None:
-        found = outlier_ratios(model, batches or (), config.outlier_multiple)
+        if batches is None:
+            raise UsageError(
+                f"sampling={config.sampling!r} counts outliers on calibration data: give batches=..., dicts of what "
+                "the model takes, or the outliers=[...] that weft.optim.outlier_ratios found"
+            )
+        found = outlier_ratios(model, batches, config.outlier_multiple)
         LOGGER.info("percent of outliers, block by block: " + ", ".join(f"{each:.3g}" for each in found))
     if not any(found):
         LOGGER.warning(
