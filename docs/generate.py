@@ -158,6 +158,7 @@ def _usage(slug: str, card: weft.Card) -> str:
     if card.pillar == "optim":
         value = getattr(weft.config_class(slug)(), card.knob) if card.knob else None
         chosen = f"{slug!r}, model" + ("" if value is None else f", {card.knob}={value}")
+        chosen += ", batches=batches" * ("batches" in card.needs)
         return (
             "```python\nimport weft.optim\n\n"
             f"optimizer = weft.optim.optimizer({chosen})  # in a loop of your own\n\n"

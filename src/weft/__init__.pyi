@@ -40,6 +40,7 @@ from weft.errors import WeftError as WeftError
 from weft.optim.dct_projection import DctProjectionConfig as DctProjectionConfig
 from weft.optim.galore import GaloreConfig as GaloreConfig
 from weft.optim.lora_pro import LoraProConfig as LoraProConfig
+from weft.optim.owlore import OwloreConfig as OwloreConfig
 from weft.optim.sara import SaraConfig as SaraConfig
 from weft.registry import Card as Card
 from weft.registry import card as card

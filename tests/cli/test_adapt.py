@@ -173,9 +173,16 @@ def test_tensorboard_needs_its_package_or_works(weft, adapt_words, tmp_path):
         assert code == 2 and "pip install tensorboard" in err
 
 
-def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_words, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [
+        ("galore", ["--update-proj-gap", 2, "--scale", 1]),
+        ("owlore", ["--activated-layers", 1, "--sampling-interval", 1]),
+    ],
+)
+def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(optimizer, options, weft, adapt_words, tmp_path):
     """What a run that was cut short ends with is what one that went through ends with, bit for bit."""
-    words = ["--optimizer", "galore", "--rank", 4, "--update-proj-gap", 2, "--scale", 1, "--save-steps", 3]
+    words = ["--optimizer", optimizer, "--rank", 4, *options, "--save-steps", 3]
     words += ["--lr-scheduler-type", "constant", "--warmup-ratio", 0]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert weft(*adapt_words(whole, *words, method="full"))[0] == 0
@@ -186,7 +193,7 @@ def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_w
     assert code == 0, err
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     file = yaml.safe_load((whole / "run.yaml").read_text())
-    assert file["method"] == "full" and file["optimizer"] == "galore" and file["rank"] == 4
+    assert file["method"] == "full" and file["optimizer"] == optimizer and file["rank"] == 4
 
 
 @pytest.mark.parametrize(
@@ -197,6 +204,7 @@ def test_full_training_with_an_optimiser_of_weft_stops_and_goes_on(weft, adapt_w
         ("full", ["--optimizer", "galore", "--rank", "four"], "rank must be int, not 'four'"),
         ("full", ["--optimizer", "galore", "--rank", 0], "rank=0 must be a whole number of at least 1"),
         ("full", ["--optimizer", "galore", "--rank", 999], "have a side of at most rank=999"),
+        ("full", ["--optimizer", "owlore", "--rank", 4], "activated_layers=5 is above the number"),
         ("full", ["--rank", 4], "unknown option --rank"),
         ("full", ["--optimizer", "hf:adafacto"], "did you mean 'hf:adafactor'"),
         ("full", ["--optimizer", "hf:lomo"], "hf:lomo: You need to install `lomo_optim`"),

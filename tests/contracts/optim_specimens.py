@@ -13,6 +13,8 @@ import weft.optim
 
 GAP = 3  # steps between refreshes, where a method has any
 _RANK = {"rank": 4, "update_proj_gap": GAP}
+_OWLORE = {**_RANK, "activated_layers": 1, "sampling_interval": 2, "lr": 1e-2}
+_CALIBRATION = torch.arange(40).view(4, 10)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is tried: a method, and options by which its events fall early
     "galore": ("galore", {**_RANK, "scale": 1.0, "lr": 1e-2}),
     "galore-staggered": ("galore", {**_RANK, "scale": 1.0, "lr": 1e-2, "stagger": True, "proj_type": "full"}),
@@ -24,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is tried: a method, and
     "lora_pro": ("lora_pro", {"lr": 2e-2}),
     "lora_pro-efficient": ("lora_pro", {"variant": "efficient", "lr": 2e-2}),
     "sara": ("sara", {"share": 0.7, "progressive_iter": GAP, "lr": 1e-2}),
+    "owlore": ("owlore", {**_OWLORE, "outlier_multiple": 2.5, "batches": [{"input_ids": _CALIBRATION}]}),
 }
 CASES |= {slug: (slug, {}) for slug in weft.cards("optim") if slug not in CASES}
 

@@ -15,6 +15,7 @@ from weft.registry import cards, class_name
 _NAMES = {
     "for_trainer": "_groups",
     "optimizer": "_groups",
+    "outlier_ratios": "_outliers",
     "param_groups": "_groups",
     "sparse_gradients": "sara",
     "update_in_backward": "_projected",

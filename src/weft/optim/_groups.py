@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -73,21 +74,31 @@ def param_groups(
 
 
 def for_trainer(
-    method: str, model: nn.Module, *, lr: float | None = None, weight_decay: float | None = None, **options: Any
+    method: str,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    batches: Iterable[dict[str, Any]] | None = None,
+    **options: Any,
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes: the optimiser's class and its arguments, groups included.
 
     Args:
         lr, weight_decay: by default the method's own; Trainer's arguments are not looked at.
+        batches: dicts of what the model takes, for a method whose card says that it needs some.
         options: fields of the method's config: `rank`, `update_proj_gap`, `target_modules`, …
 
-    Raises UsageError for an unknown method or option.
+    Raises UsageError for an unknown method or option, and batches that the method has no use for.
     """
     card = registry.card(method, "optim")
+    served = {"batches": batches} if "batches" in card.needs else {}
+    if batches is not None and not served:
+        raise UsageError(f"{card.slug} looks at no batches: leave them out")
     config: OptimConfig = registry.config_class(card.slug).from_options(options)  # type: ignore[attr-defined]
     module = registry.load(card.slug)
     weight_decay = card.recipe.get("weight_decay", 0.0) if weight_decay is None else weight_decay
-    arguments = {"lr": card.recipe["learning_rate"], **module.arguments(config, model, weight_decay)}
+    arguments = {"lr": card.recipe["learning_rate"], **module.arguments(config, model, weight_decay, **served)}
     if lr is not None:
         arguments["lr"] = lr
     return getattr(module, registry.class_name(card.slug, "")), arguments

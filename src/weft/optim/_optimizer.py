@@ -27,7 +27,10 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         skipped: steps that were not taken because a gradient was not finite.
+        freezes: whether parameters go without a gradient at times, of which DistributedDataParallel must be told.
     """
+
+    freezes = False
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         """

@@ -189,7 +189,7 @@ def update_in_backward(optimizer: Projected, *, accumulation: int = 1) -> list[A
             gradient is summed; a full-size one lives on through the micro-batches of a step that begins with a fit
             (`stagger` spreads those).
 
-    The optimiser is the same object for schedulers and checkpoints, and its `step()` has nothing left to do. What looks
+    The optimiser is the same object for schedulers and checkpoints, and its `step()` moves nothing more. What looks
     at all gradients at once cannot work: clipping by their norm, and a GradScaler. A parameter whose gradient is not
     finite is passed over alone. Returns handles whose `remove()` ends it. Raises UsageError in several processes, whose
     gradients are not summed yet when the hooks see them.
@@ -203,9 +203,13 @@ def update_in_backward(optimizer: Projected, *, accumulation: int = 1) -> list[A
     handles = []
     for place, group in enumerate(optimizer.param_groups):
         for name, p in named(group, place):
-            if p.requires_grad:
-                hook = _Backward(optimizer, place, name, accumulation)
-                handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[attr-defined]
+            if not p.is_floating_point():
+                continue
+            trained = p.requires_grad
+            p.requires_grad_(True)  # what rests now may be trained later, and takes no hook while it rests
+            hook = _Backward(optimizer, place, name, accumulation)
+            handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[attr-defined]
+            p.requires_grad_(trained)
     return handles
 
 

@@ -155,14 +155,18 @@ def drop_all(output: Path) -> None:
 # --- the model's part -------------------------------------------------------------------------------------------------
 
 
-def training_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
     """Every tensor that training may change, by name: what is trained, and the state beside adapters' weights.
 
-    A frozen base weight is left out; a tensor known by two names appears once, under the first.
+    What the optimiser holds is trained, though it may rest at the moment. A frozen base weight is left out; a tensor
+    known by two names appears once, under the first.
     """
     import torch
 
-    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+    trained = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or id(p) in held
+    }
     base = getattr(model, "get_base_model", None)
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -190,21 +194,21 @@ def _in_adapter(model: Any, name: str) -> bool:
     return (prefix is not None and prefix in name) or ".modules_to_save." in name
 
 
-def save_tensors(model: nn.Module, path: Path) -> None:
+def save_tensors(model: nn.Module, path: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Write the model's training tensors, each contiguous and on the CPU, in its own dtype."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in training_tensors(model).items()}
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in training_tensors(model, optimizer).items()}
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
-def load_tensors(model: nn.Module, path: Path) -> None:
+def load_tensors(model: nn.Module, path: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put saved training tensors back, bit for bit. Raises WeftError where names or shapes differ."""
     import torch
     from safetensors.torch import load_file
 
     stored = load_file(str(path))
-    present = training_tensors(model)
+    present = training_tensors(model, optimizer)
     if stored.keys() != present.keys():
         odd = sorted(stored.keys() ^ present.keys())[0]
         raise WeftError(f"checkpoint {path.parent} is of another model or method: {odd} is in only one of the two")

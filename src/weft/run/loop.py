@@ -71,7 +71,8 @@ class StepTrainer(Trainer):
         self._micro = 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoints.load_tensors(model or self.model, Path(resume_from_checkpoint) / checkpoints.STATE)
+        state = Path(resume_from_checkpoint) / checkpoints.STATE
+        checkpoints.load_tensors(model or self.model, state, self.optimizer)
         if self.adalora is not None:
             self.adalora.load(Path(resume_from_checkpoint))
 
@@ -220,7 +221,7 @@ def _penalty(model: nn.Module) -> float | None:
 
 def _fill_checkpoint(trainer: StepTrainer, folder: Path) -> None:
     model = trainer.model
-    checkpoints.save_tensors(model, folder / checkpoints.STATE)
+    checkpoints.save_tensors(model, folder / checkpoints.STATE, trainer.optimizer)
     torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
     torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
     trainer.state.save_to_json(str(folder / "trainer_state.json"))

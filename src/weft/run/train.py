@@ -200,7 +200,8 @@ def _run(
     extra: dict[str, Any] = {}
     if method.optimizer is not None:
         if not method.optimizer[0].startswith("hf:"):
-            extra["optimizers"] = _own_optimizer(model, method, args), None
+            batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
+            extra["optimizers"] = _own_optimizer(model, method, args, batches), None
     elif method.config is not None and not method.name.startswith("peft:"):
         import weft
 
@@ -229,13 +230,19 @@ def _run(
     return trainer
 
 
-def _own_optimizer(model: nn.Module, method: Method, args: TrainingArguments) -> torch.optim.Optimizer:
+def _own_optimizer(
+    model: nn.Module, method: Method, args: TrainingArguments, batches: _Batches
+) -> torch.optim.Optimizer:
     """The optimiser of weft that the method names. Raises UsageError where it does not fit the model."""
+    from weft import registry
     from weft.optim import optimizer
 
     assert method.optimizer is not None
     name, options = method.optimizer
-    return optimizer(name, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    served = {"batches": batches} if "batches" in registry.card(name).needs else {}
+    made = optimizer(name, model, lr=args.learning_rate, weight_decay=args.weight_decay, **options, **served)
+    args.ddp_find_unused_parameters = made.freezes
+    return made
 
 
 def _restore_finished(trainer: StepTrainer, checkpoint: Path, step: int) -> None:
