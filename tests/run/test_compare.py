@@ -400,6 +400,15 @@ def test_the_command_of_a_run_makes_the_same_model(place, tmp_path, monkeypatch,
     assert result["trainable"] == row["trainable"]
 
 
+def test_one_method_under_two_settings_is_two_entries(place):
+    options = {"sora": {"r": "2"}, "sora#wide": {"r": "4"}, "full@galore#8bit": {"rank": "4", "inner": "adamw8bit"}}
+    plan = plan_study(_study(place, methods=tuple(options), options=options))
+    assert plan.entry("sora#wide").trainable > plan.entry("sora").trainable
+    assert plan.entry("full@galore#8bit").options["inner"] == "adamw8bit"
+    row = run_task(context_of(plan), asdict(Task("final", "sora#wide", 1, 1e-3, plan.steps)))
+    assert row["status"] == "ok" and row["method"] == "sora#wide" and "--method sora " in row["command"]
+
+
 def test_optimisers_are_compared_from_random_weights(place):
     methods = ("full@galore", "full@hf:adafactor", "peft:lora@lora_pro")
     study = _study(place, methods=methods, options={"full@galore": {"rank": "4"}}, forget_data="none")

@@ -1,7 +1,8 @@
 """Methods by name: weft's own, PEFT's own (`peft:lora`), and the references `base`, `head` and `full`.
 
 What weft gives no parameter groups of its own, PEFT's methods and `full`, can name its optimiser after an @: one of
-weft's (`full@galore`, `peft:lora@lora_pro`) or of HF Trainer's (`full@hf:adafactor`).
+weft's (`full@galore`, `peft:lora@lora_pro`) or of HF Trainer's (`full@hf:adafactor`). What stands behind a # only tells
+two entries of a comparison apart: `full@galore` and `full@galore#8bit`.
 
 `resolve` checks a name and its options without loading any model; `attach` puts the method on a model.
 """
@@ -101,7 +102,7 @@ class Method:
     @property
     def trains(self) -> str:
         """The name without the optimiser's: what is put on the model."""
-        return self.name.partition("@")[0]
+        return parts(self.name)[0]
 
 
 def _peft_kinds() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -170,9 +171,9 @@ def optimizer_options(name: str) -> list[_options.Option]:
 
 def parts(name: str) -> tuple[str, str | None]:
     """A method's name and its optimiser's. Raises UsageError where the two do not go together."""
-    trains, at, optimizer = name.partition("@")
+    trains, at, optimizer = name.partition("#")[0].partition("@")
     if not at:
-        return name, None
+        return trains, None
     if trains != "full" and not trains.startswith("peft:"):
         raise UsageError(
             f"optimizer={optimizer!r} does not go with method {trains}: weft's adapters declare parameter groups of "
@@ -229,15 +230,15 @@ def resolve(name: str, options: dict[str, Any] | None = None, *, from_scratch: b
     trains, optimizer = parts(name)
     if optimizer is not None:
         return _with_optimizer(name, trains, optimizer, dict(options or {}), from_scratch)
-    config_class = _config_class(name)
+    config_class = _config_class(trains)
     given = _options.check(name, method_options(name), dict(options or {}))
     if config_class is None:
-        recipe = {"learning_rate": _REFERENCE_LEARNING_RATES[name], **_COMMON_RECIPE}
-        recipe |= _PRETRAINING if from_scratch and name == "full" else {}
+        recipe = {"learning_rate": _REFERENCE_LEARNING_RATES[trains], **_COMMON_RECIPE}
+        recipe |= _PRETRAINING if from_scratch and trains == "full" else {}
         return Method(name, None, recipe, None, {})
     fields = dict(given)
-    if name.startswith("peft:"):
-        kind, variant = _peft_kinds()[name.removeprefix("peft:")]
+    if trains.startswith("peft:"):
+        kind, variant = _peft_kinds()[trains.removeprefix("peft:")]
         recipe = {"learning_rate": _PEFT_LEARNING_RATES.get(kind, _LORA_LEARNING_RATE), **_COMMON_RECIPE}
         known = {field.name for field in dataclasses.fields(config_class)}
         knob: str | None = _PEFT_KNOBS.get(kind, "r")
@@ -249,7 +250,7 @@ def resolve(name: str, options: dict[str, Any] | None = None, *, from_scratch: b
             if "init_r" in fields and "target_r" not in fields:
                 fields["target_r"] = max(1, fields["init_r"] * 2 // 3)  # as in PEFT's defaults, 12 to 8
     else:
-        card = registry.card(name)
+        card = registry.card(trains)
         recipe, knob = {"learning_rate": _LORA_LEARNING_RATE, **_COMMON_RECIPE, **card.recipe}, card.knob
     targets = ("target_modules", "target_parameters")
     if not any(fields.get(field) for field in targets) and kind_takes_linear_targets(config_class):
@@ -400,14 +401,14 @@ def check_fits(method: Method, model: nn.Module) -> list[str]:
 
 
 def _check_optimizer(method: Method, model: nn.Module) -> None:
-    """Raise UsageError where the optimiser cannot step the model, which may be without weights."""
+    """Raise UsageError where the optimiser cannot step the model, which is without weights."""
     if method.optimizer is None:
         return
     name, options = method.optimizer
     if not name.startswith("hf:"):
         from weft.optim import optimizer
 
-        optimizer(name, model, lr=method.recipe["learning_rate"], **options)
+        optimizer(name, copy.deepcopy(model), lr=method.recipe["learning_rate"], **options)  # it may freeze some
         return
     from transformers import Trainer, TrainingArguments
 
@@ -451,7 +452,7 @@ def matched_modules(method: Method, model: nn.Module) -> list[str]:
 def needs(method: Method) -> tuple[str, ...]:
     """What the method must be given before it attaches, by the names that `weft.prepare` takes."""
     own = method.config is not None and not method.trains.startswith("peft:")
-    return registry.card(method.name).needs if own else ()
+    return registry.card(method.trains).needs if own else ()
 
 
 def attach(

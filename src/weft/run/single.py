@@ -354,7 +354,8 @@ def command_of(plan: Plan, task: Task) -> str:
     from weft.run.adapt import method_keys_of
 
     entry, keys = plan.entry(task.method), method_keys_of(task.method)
-    given: dict[str, Any] = {"model": study.model, "data": study.data, "task": plan.task, "method": task.method}
+    given: dict[str, Any] = {"model": study.model, "data": study.data, "task": plan.task}
+    given["method"] = task.method.partition("#")[0]  # what is behind it tells entries of a comparison apart
     given |= {keys[name]: value for name, value in entry.options.items() if (name, value) != _EVERY_LINEAR}
     given |= {"max_steps": task.steps, "learning_rate": task.learning_rate, "seed": task.seed}
     given |= {"batch_size": study.batch_size, "gradient_accumulation": study.gradient_accumulation}
