@@ -7,13 +7,14 @@ from the source without importing it, so that listing sixty methods costs neithe
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from weft.errors import UsageError, nearest
 
@@ -117,3 +118,35 @@ def class_name(slug: str, suffix: str) -> str:
 def config_class(slug: str) -> type:
     """The method's typed config: what CLI flags, YAML keys and validation come from."""
     return getattr(load(slug), class_name(slug, "Config"))
+
+
+class MethodConfig:
+    """What the configs of all methods have in common. It has no fields: a pillar's base class brings those.
+
+    Attributes:
+        common: stands in a class whose fields all methods of a pillar have; what inherits from it brings its own.
+    """
+
+    common: ClassVar[bool] = False
+
+    @classmethod
+    def slug(cls) -> str:
+        """The method's name, which is its file's name."""
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """The fields a user sets: the method's own first, then what the methods of its pillar share."""
+        bases = [base for base in cls.__mro__ if vars(base).get("common") and dataclasses.is_dataclass(base)]
+        shared = {f.name for base in bases for f in dataclasses.fields(base)}
+        return sorted(dataclasses.fields(cls), key=lambda f: f.name in shared)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Self:
+        """Build from user-given options; an unknown key raises UsageError with the nearest name."""
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in options:
+            if key not in known:
+                names = [f.name for f in cls.own_fields()]
+                raise UsageError(f"{cls.slug()} has no option {key!r}: {nearest(key, names)}")
+        return cls(**options)

@@ -6,12 +6,13 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from weft.errors import UsageError, nearest
+from weft.errors import UsageError
+from weft.registry import MethodConfig
 
 README_NOTE = (
     "\n## Loading\n\nThis adapter was made with weft. Importing it makes the method known to PEFT:\n\n"
@@ -38,13 +39,15 @@ def peft_type(slug: str) -> PeftType:
 
 
 @dataclass
-class AdapterConfig(PeftConfig):
+class AdapterConfig(MethodConfig, PeftConfig):
     """Fields that all of weft's adapters share. A method adds its own, each with `metadata={"help": ...}`.
     Where the default is meant for thousands of steps, `metadata={"help": ..., "short": v}` names the value with which a
     run of twenty steps meets the method's events; tests and small demonstrations take it from there.
 
     Raises UsageError for values that no model could serve; what depends on the model is checked when attaching.
     """
+
+    common: ClassVar[bool] = True
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to adapt: names, one regex, or 'all-linear' (the default)"}
@@ -84,11 +87,6 @@ class AdapterConfig(PeftConfig):
             self.target_modules = "all-linear"
         self.validate()
 
-    @classmethod
-    def slug(cls) -> str:
-        """The method's name, which is its file's name."""
-        return cls.__module__.rpartition(".")[2]
-
     def validate(self) -> None:
         """Refuse values that cannot work. A method extends it for its own fields; `r` and dropout are checked here."""
         r = getattr(self, "r", None)
@@ -102,19 +100,7 @@ class AdapterConfig(PeftConfig):
     def own_fields(cls) -> list[dataclasses.Field[Any]]:
         """The fields a user sets: the method's own first, then where to attach."""
         inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-        shared = {f.name for f in dataclasses.fields(AdapterConfig)}
-        fields = [f for f in dataclasses.fields(cls) if f.name not in inherited and not f.metadata.get("stored")]
-        return sorted(fields, key=lambda f: f.name in shared)
-
-    @classmethod
-    def from_options(cls, options: dict[str, Any]) -> AdapterConfig:
-        """Build from user-given options; an unknown key raises UsageError with the nearest name."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in options:
-            if key not in known:
-                names = [f.name for f in cls.own_fields()]
-                raise UsageError(f"{cls.slug()} has no option {key!r}: {nearest(key, names)}")
-        return cls(**options)
+        return [f for f in super().own_fields() if f.name not in inherited and not f.metadata.get("stored")]
 
     @property
     def is_stored(self) -> bool:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from weft.errors import UsageError, nearest
+from weft.errors import UsageError
+from weft.registry import MethodConfig
 
 
 @dataclass
-class CompressConfig:
+class CompressConfig(MethodConfig):
     """Fields that all compression methods share. A method adds its own, each with `metadata={"help": ...}`.
 
     Raises UsageError for values that no model could serve; what depends on the model is checked when it is there.
     """
+
+    common: ClassVar[bool] = True
 
     keep: float = field(
         default=0.75, metadata={"help": "share of the targeted matrices' stored bits to keep, above 0, at most 1"}
@@ -41,11 +43,6 @@ class CompressConfig:
     def __post_init__(self) -> None:
         self.validate()
 
-    @classmethod
-    def slug(cls) -> str:
-        """The method's name, which is its file's name."""
-        return cls.__module__.rpartition(".")[2]
-
     def validate(self) -> None:
         """Refuse values that cannot work. A method extends it for its own fields."""
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
@@ -56,25 +53,12 @@ class CompressConfig:
         """Whether sizes depend on what the whole model makes of the calibration data."""
         return self.allocate in ("block_influence", "sweep")
 
-    @classmethod
-    def own_fields(cls) -> list[dataclasses.Field[Any]]:
-        """The fields a user sets: the method's own first, then what all methods share."""
-        shared = {f.name for base in (CompressConfig, LowRankConfig) for f in dataclasses.fields(base)}
-        return sorted(dataclasses.fields(cls), key=lambda f: f.name in shared)
-
-    @classmethod
-    def from_options(cls, options: dict[str, Any]) -> CompressConfig:
-        """Build from user-given options; an unknown key raises UsageError with the nearest name."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in options:
-            if key not in known:
-                raise UsageError(f"{cls.slug()} has no option {key!r}: {nearest(key, known)}")
-        return cls(**options)
-
 
 @dataclass
 class LowRankConfig(CompressConfig):
     """Options of methods that store two thin factors."""
+
+    common: ClassVar[bool] = True
 
     round_to: int = field(default=1, metadata={"help": "ranks are multiples of this (128 suits GPUs)"})
 

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-from weft.errors import UsageError, nearest
+from weft.errors import UsageError
+from weft.registry import MethodConfig
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(MethodConfig):
     """Fields that all optimisers share. A method adds its own, each with `metadata={"help": ...}`."""
+
+    common: ClassVar[bool] = True
 
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "decay of the two moments"})
     eps: float = field(default=1e-8, metadata={"help": "added to √v"})
-
-    @classmethod
-    def slug(cls) -> str:
-        """The method's name, which is its file's name."""
-        return cls.__module__.rpartition(".")[2]
-
-    @classmethod
-    def own_fields(cls) -> list[dataclasses.Field[Any]]:
-        """The fields a user sets: the method's own first, then what all optimisers share."""
-        shared = {f.name for f in dataclasses.fields(OptimConfig)}
-        return sorted(dataclasses.fields(cls), key=lambda f: f.name in shared)
-
-    @classmethod
-    def from_options(cls, options: dict[str, Any]) -> OptimConfig:
-        """Build from user-given options; an unknown key raises UsageError with the nearest name."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in options:
-            if key not in known:
-                raise UsageError(f"{cls.slug()} has no option {key!r}: {nearest(key, known)}")
-        return cls(**options)
 
 
 @dataclass
