@@ -29,6 +29,8 @@ _LAZY = {
     "StepCallback": "weft.adapters._training",
     "export": "weft.adapters._export",
     "compress": "weft.compress._engine",
+    "reparametrise": "weft.pretrain._engine",
+    "to_dense": "weft.linear._transformers",
 }
 _EAGER = ("Card", "UsageError", "WeftError", "card", "cards", "config_class")
 
@@ -36,7 +38,7 @@ _EAGER = ("Card", "UsageError", "WeftError", "card", "cards", "config_class")
 def _config_names() -> dict[str, str]:
     return {
         class_name(slug, "Config"): f"weft.{pillar}.{slug}"
-        for pillar in ("adapters", "compress", "optim")
+        for pillar in ("adapters", "compress", "optim", "pretrain")
         for slug in cards(pillar)
     }
 

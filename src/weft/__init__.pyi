@@ -37,11 +37,15 @@ from weft.compress.svd_llm import SvdLlmConfig as SvdLlmConfig
 from weft.compress.welore import WeloreConfig as WeloreConfig
 from weft.errors import UsageError as UsageError
 from weft.errors import WeftError as WeftError
+from weft.linear._transformers import to_dense as to_dense
 from weft.optim.dct_projection import DctProjectionConfig as DctProjectionConfig
 from weft.optim.galore import GaloreConfig as GaloreConfig
 from weft.optim.lora_pro import LoraProConfig as LoraProConfig
 from weft.optim.owlore import OwloreConfig as OwloreConfig
 from weft.optim.sara import SaraConfig as SaraConfig
+from weft.pretrain._engine import reparametrise as reparametrise
+from weft.pretrain.lowrank import LowrankConfig as LowrankConfig
+from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
 from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards

@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "block_semi_sparse": {"block_out": 1, "block_in": 1},  # which divide every side
     "rank_aware_sparse": {"rank": 5, "tau": 0.1, "prefill_ratio": 0.999},  # sequences as short as here all run sparse
     "low_rank_plus_sparse": {"rank": 2, "density": 0.25},
+    "low_rank_plus_scattered": {"rank": 2, "density": 0.25},
     "spectral": {"rank": 3},
     "factored_embedding": {"rank": 3, "mean": True},
     "low_rank_conv": {"rank": 3},
@@ -30,6 +31,7 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "block_semi_sparse": lambda out, in_: {"block_out": out, "block_in": in_, "kept": 4},
     "rank_aware_sparse": lambda out, in_: {"rank": min(out, in_), "tau": 0.1, "prefill_ratio": 0.999},
     "low_rank_plus_sparse": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
+    "low_rank_plus_scattered": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
     "spectral": lambda out, in_: {"rank": min(out, in_)},
     "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
     "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},

@@ -1,0 +1,99 @@
+"""Dense layers replaced by factorised ones that are trained in their place.
+
+A method file defines two functions: `spec(config, out, in_)`, what config.json will say of a layer of that size, and
+`start(config, layer, weight, source)`, which gives the layer its first values, from a weight or from a generator.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weft import registry
+from weft.algebra.random import generator
+from weft.anatomy import blocks
+from weft.errors import UsageError
+from weft.linear._structured import Structured, bare_linear, empty
+from weft.linear._transformers import attach_format
+from weft.patterns import selection
+from weft.pretrain._config import PretrainConfig
+
+LOGGER = logging.getLogger(__name__)
+
+
+def reparametrise(model: nn.Module, method: str, **options: Any) -> nn.Module:
+    """Put trainable factorised layers in place of a model's linear layers; the model, which is changed in place.
+
+    Args:
+        model: any torch module. A transformers model is then saved and loaded as usual, with weft imported.
+        method: a name of `weft methods --pillar pretrain`.
+        options: fields of the method's config: `rank`, `target_modules`, …
+
+    Everything else of the model stays as it is, and all of it is trained. Raises UsageError for an unknown method or
+    option, and where nothing matches or a layer cannot be served; the model is then as it was.
+    """
+    card = registry.card(method, "pretrain")
+    config: Any = registry.config_class(card.slug).from_options(options)  # type: ignore[attr-defined]
+    maker = registry.load(card.slug)
+    layers = targets(model, config)
+    if isinstance(model, PreTrainedModel):
+        attach_format(model)  # which refuses a quantised model, before any work
+    made = {}
+    for name, layer in layers.items():
+        try:
+            made[name] = _made(maker, config, name, layer)
+        except UsageError as error:
+            raise UsageError(f"{card.slug}: {name}: {error}") from error
+    before = sum(p.numel() for p in model.parameters())
+    for name, layer in made.items():
+        model.set_submodule(name, layer)
+    if isinstance(model, PreTrainedModel):
+        attach_format(model)
+    after = sum(p.numel() for p in model.parameters())
+    LOGGER.info(f"{len(made)} layers are trained as {card.slug}: {after:,} parameters in place of {before:,}")
+    return model
+
+
+def targets(model: nn.Module, config: PretrainConfig) -> dict[str, Any]:
+    """The layers to factorise, by name: linear ones inside of the model's blocks, or of a model without blocks.
+
+    Raises UsageError, with a list of what there is, where nothing matches.
+    """
+    inside = blocks(model)
+    chosen = selection(config.target_modules, None)
+    found, there = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, Structured):
+            raise UsageError(f"{name} is of kind {module.kind} already")
+        if not isinstance(module, nn.Linear | Conv1D) or not any(name.startswith(f"{block}.") for block in inside):
+            continue
+        there.add(name.rpartition(".")[2])
+        if chosen(name):
+            found[name] = module
+    if not found:
+        names = ", ".join(sorted(there)) or "no linear layers in blocks"
+        raise UsageError(f"target_modules={config.target_modules!r} match nothing to factorise: there are {names}")
+    return found
+
+
+def _made(maker: Any, config: PretrainConfig, name: str, layer: Any) -> Structured:
+    """The factorised layer for the place of a dense one; without values where that one has none."""
+    weight = layer.weight.detach().mT if isinstance(layer, Conv1D) else layer.weight.detach()
+    out, in_ = weight.shape
+    bias = getattr(layer, "bias", None)
+    spec = {**maker.spec(config, out, in_), "bias": bias is not None}
+    place = bare_linear(in_, out, bias is not None, weight.device, weight.dtype)
+    made = empty(spec, place).train(layer.training)
+    if not weight.is_meta:
+        with torch.no_grad():
+            maker.start(config, made, weight, generator(config.seed, name))
+            if bias is not None:
+                made.bias.copy_(bias)  # type: ignore[union-attr]
+    return made
+
+
