@@ -35,7 +35,12 @@ import weft  # noqa: E402
 GENERATED = DOCS / "generated"
 MARKERS = ("<!-- methods: python docs/generate.py --readme -->", "<!-- /methods -->")
 
-PILLARS = {"adapters": "Adapters", "compress": "Compression", "optim": "Optimisers"}  # as headings
+PILLARS = {  # as headings
+    "adapters": "Adapters",
+    "compress": "Compression",
+    "optim": "Optimisers",
+    "pretrain": "Factorised weights",
+}
 
 EXPORTS = {
     "exact": "A plain LoRA gives the same outputs.",
@@ -117,7 +122,7 @@ def method_page(slug: str) -> str:
         _usage(slug, card),
         "## Options",
         _options(slug),
-        *(["## Recipe", _recipe(card)] if card.pillar in ("adapters", "optim") else []),
+        *(["## Recipe", _recipe(card)] if card.pillar != "compress" else []),
         "## What to expect",
         _facts(card),
         "## Where it works" if card.pillar == "adapters" else "",
@@ -166,6 +171,13 @@ def _usage(slug: str, card: weft.Card) -> str:
             "trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=made)\n```\n\n"
             f"```sh\n{_stepped(slug, card)} --output runs/{slug}\n```"
         ).replace(repr(slug), f'"{slug}"')
+    if card.pillar == "pretrain":
+        value = getattr(weft.config_class(slug)(), card.knob)
+        return (
+            f'```python\nimport weft\n\nweft.reparametrise(model, "{slug}", {card.knob}={value})\n```\n\n'
+            "```sh\nweft pretrain --config builtin:pycode --data builtin:stdlib \\\n"
+            f"    --method {slug} --output runs/{slug}\n```"
+        )
     config = weft.config_class(slug).__name__
     lines = ["import weft", "from peft import get_peft_model", "", f"config = weft.{config}()"]
     if card.needs:
@@ -188,6 +200,7 @@ def _options(slug: str) -> str:
     from weft.adapters._config import AdapterConfig
     from weft.compress._config import CompressConfig
     from weft.optim._config import OptimConfig
+    from weft.pretrain._config import PretrainConfig
     from weft.run.options import from_config
 
     pillar, every = weft.card(slug).pillar, from_config(weft.config_class(slug))
@@ -195,6 +208,7 @@ def _options(slug: str) -> str:
         "adapters": (AdapterConfig, "Where it attaches: the options that all adapters share"),
         "compress": (CompressConfig, "How much, of what: the options that all compression methods share"),
         "optim": (OptimConfig, "Adam's own: the options that all optimisers share"),
+        "pretrain": (PretrainConfig, "Where: the options that all forms of weights share"),
     }[pillar]
     shared = {option.name for option in from_config(common)}
     own = [option for option in every if option.name not in shared]
@@ -231,6 +245,8 @@ def _facts(card: weft.Card) -> str:
         size = f"`{card.knob}`" if card.knob else "the model and its adapter"
         facts = [["its state's size is set by", size], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
+    if card.pillar == "pretrain":
+        return table(["", ""], [["its size is set by", f"`{card.knob}`"], *reasons])
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."
     facts = [

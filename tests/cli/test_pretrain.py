@@ -62,6 +62,30 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits_by_its_run_file(weft,
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("more", [[], ["--optimizer", "galore", "--galore-rank", 2, "--update-proj-gap", 2]])
+def test_factorised_weights_are_trained_saved_and_go_on_to_the_same_bits(more, weft, words, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ["--method", "sltrain", "--rank", 4, "--lora-alpha", 4, "--save-steps", 3, *more]
+    code, _, err = weft(*words(whole, *more))
+    assert code == 0, err
+    assert weft(*words(cut, *more))[0] == 0
+    (cut / "result.json").unlink()
+    (cut / "checkpoint-6" / "complete.json").unlink()
+    assert weft("pretrain", "--run-file", cut / "run.yaml", "--resume")[0] == 0
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "LowRankPlusScattered"
+    result = json.loads((whole / "result.json").read_text())
+    assert result["trainable"] == sum(p.numel() for p in model.parameters())
+    file = yaml.safe_load((whole / "run.yaml").read_text())
+    assert (file["rank"], file["sp_ratio"]) == (4, 0.03)
+    assert file["learning_rate"] == (0.01 if "galore" in more else 3e-3)
+    code, _, err = weft("export", whole, tmp_path / "dense", "--to", "dense")
+    assert code == 0, err
+
+
 def test_an_optimiser_of_trainer_takes_trainers_words(weft, words, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -86,6 +110,9 @@ def test_a_dry_run_writes_nothing(weft, words, tmp_path):
         (["--optimizer", "adam"], "unknown"),
         ([*GALORE[:2], "--rank", 999], "have a side of at most rank=999"),
         (["--optimizer", "hf:apollo_adamw"], "You need to install `apollo_torch`"),
+        (["--method", "sltrin"], "trains no model from random weights: did you mean 'sltrain'"),
+        (["--method", "sora"], "'sora' trains no model from random weights"),
+        (["--method", "sltrain", "--rank", 999], "rank=999: a matrix of"),
         (["--run-file", "nowhere.yaml"], "run file 'nowhere.yaml' cannot be read"),
     ],
 )
@@ -101,5 +128,5 @@ def test_what_is_missing_is_named(refuse, corpus, tmp_path):
 
 def test_the_help_has_the_options_of_the_optimiser(weft):
     code, said, _ = weft("pretrain", "--optimizer", "galore", "--help")
-    assert code == 0 and "--update-proj-gap" in said and "--config-options" in said and "--method" not in said
+    assert code == 0 and "--update-proj-gap" in said and "--config-options" in said
     assert "--update-proj-gap" not in weft("pretrain", "--help")[1]

@@ -429,6 +429,15 @@ def test_optimisers_are_compared_from_random_weights(place):
     assert first["full@galore", 1] == first["full@hf:adafactor", 1] != first["full@galore", 2]  # seeds draw the weights
 
 
+def test_factorised_weights_are_compared_at_equal_parameters(place):
+    plan = plan_study(_study(place, methods=("sltrain", "lowrank"), budget=parse_budget("params=3k,steps=2")))
+    sltrain, lowrank = plan.entry("sltrain"), plan.entry("lowrank")
+    assert sltrain.knob["name"] == lowrank.knob["name"] == "rank"
+    assert sltrain.knob["value"] >= 1 and sltrain.trainable <= 3000 and lowrank.trainable <= 3000
+    row = run_task(context_of(plan), asdict(Task("final", "sltrain", 1, 1e-3, plan.steps)))
+    assert row["status"] == "ok" and row["trainable"] == sltrain.trainable
+
+
 def test_classification(place):
     """Accuracy on rows, a fresh head that is the same for all methods, no forgetting."""
     rows = [{"text": " ".join(WORDS[start : start + 4]), "label": start % 2} for start in range(12)] * 4

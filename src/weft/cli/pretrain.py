@@ -1,7 +1,7 @@
 """Train a model from random weights: weft pretrain --config C --data D --optimizer galore --output OUT
 
-An optimiser's own options appear in `weft pretrain --optimizer galore --help`. Beneath is `weft adapt --method full` on
-the model `config:C`.
+The options of an optimiser and of factorised weights appear in `weft pretrain --optimizer galore --method sltrain
+--help`. Beneath is `weft adapt` on the model `config:C`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from weft import registry
 from weft.cli import _flags
 from weft.cli import adapt as _verb
-from weft.errors import UsageError
+from weft.errors import UsageError, nearest
 from weft.run import adapt as _adapt
 from weft.run.options import Option
 
-_DOC = """Train a model from random weights, by a low-rank optimiser or another.
+_DOC = """Train a model from random weights: by a low-rank optimiser or another, with factorised weights or dense ones.
 
 [bold]weft pretrain --config builtin:pycode --data builtin:stdlib --optimizer galore --rank 64 --output OUT[/bold]
 
@@ -26,13 +27,20 @@ _MODEL = (
     Option("tokenizer", str | None, None, "a folder or hub id with a tokenizer; none takes the config's own"),
     Option("config_options", dict[str, str] | None, None, "fields of the config: hidden_size=256,num_hidden_layers=4"),
 )
+_METHOD = Option("method", str, "full", "full, or the form of the weights: a name of `weft methods --pillar pretrain`")
 _SETTLED = {"model": None, "method": "full", "task": "causal-lm"}  # what `weft adapt` asks and this verb answers
 
 
 def build(argv: list[str]) -> Callable[..., None]:
     """The command for these words: with the options of the optimiser that they name, in a flag or in their run file."""
     path = _flags.value(argv, "--run-file")
-    optimizer = _flags.value(argv, "--optimizer") or (_adapt.read_run_file(path).get("optimizer") if path else None)
+    file = _adapt.read_run_file(path) if path else {}
+    optimizer = _flags.value(argv, "--optimizer") or file.get("optimizer")
+    method = str(_flags.value(argv, "--method") or file.get("method") or "full")
+    known = ("full", *registry.cards("pretrain"))
+    if method.partition("@")[0] not in known:
+        raise UsageError(f"method {method!r} trains no model from random weights: {nearest(method, known)}")
+    method = _adapt.with_optimizer(method, optimizer)
     parameters = [
         _flags.own("run_file", str | None, "YAML run file of an earlier run; flags override it.", "--run-file"),
         _flags.own("dry_run", bool | None, "Show modules, parameters and memory; train nothing.", "--dry-run"),
@@ -43,15 +51,15 @@ def build(argv: list[str]) -> Callable[..., None]:
             "--resume/--no-resume",
         ),
     ]
-    parameters += [_flags.parameter(option, "What") for option in _MODEL]
+    parameters += [_flags.parameter(option, "What") for option in (*_MODEL, _METHOD)]
     parameters += [
         _flags.parameter(option, _verb.panel(option)) for option in _adapt.run_options() if option.name not in _SETTLED
     ]
     doc = _DOC
-    if optimizer is None:
-        doc += "\n\nAn optimiser's own options: [bold]weft pretrain --optimizer NAME --help[/bold]"
+    if method == "full":
+        doc += "\n\nOptions of their own: [bold]weft pretrain --optimizer NAME --help[/bold], or --method NAME"
     else:
-        parameters += _verb.method_parameters(_adapt.with_optimizer("full", optimizer), f"Options of {optimizer}")
+        parameters += _verb.method_parameters(method, f"Options of {method.removeprefix('full@')}")
     return _flags.function(_run, parameters, doc)
 
 

@@ -103,15 +103,15 @@ class LowRankPlusScattered(StructuredLinear):
         root = s.sqrt()
         if self.gate is not None:
             self.gate.fill_(1)
-        self.up.weight.copy_(u * root / self.c.to(wide))
+        self.up.weight.copy_(u * root / self.c)
         self.down.weight.copy_(root[:, None] * vh)
-        rest = wide - self.c.to(wide) * self.up.weight.to(wide) @ self.down.weight.to(wide)
+        rest = wide - (self.c * self.up.weight.to(wide)) @ self.down.weight.to(wide)
         self.values.copy_(rest.flatten()[self.places.long()])
 
     @property
-    def c(self) -> Tensor:
-        """The factor on B·A."""
-        return torch.tensor(self.scale) if self.gate is None else self.gate.tanh()
+    def c(self) -> Any:
+        """The factor on B·A: a number, or a tensor without dimensions, which changes no other's dtype."""
+        return self.scale if self.gate is None else self.gate.tanh()
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
@@ -146,7 +146,7 @@ class LowRankPlusScattered(StructuredLinear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x, down, values = x.to(dtype), self.down.weight.to(dtype), self.values.to(dtype)
-        up = (self.up.weight * self.c.to(self.up.weight)).to(dtype)
+        up = (self.up.weight * self.c).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         flat = x.reshape(-1, self.in_features)
         if len(flat) <= FEW and not torch.is_grad_enabled():
@@ -163,7 +163,7 @@ class LowRankPlusScattered(StructuredLinear):
     def dense(self) -> Tensor:
         up = self.up.weight
         wide = torch.promote_types(up.dtype, torch.float32)
-        whole = (self.c.to(wide) * up.to(wide)) @ self.down.weight.to(wide)
+        whole = (self.c * up.to(wide)) @ self.down.weight.to(wide)
         return _scatter_(whole, self.places, self.values.to(wide), 0).to(up.dtype)
 
 

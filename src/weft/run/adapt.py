@@ -47,7 +47,7 @@ class AdaptOptions:
     data: str | None = _option(
         None, "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs"
     )
-    method: str | None = _option(None, "an adapter of `weft methods`, PEFT's own as peft:lora, or base, head, full")
+    method: str | None = _option(None, "a method of `weft methods`, PEFT's own as peft:lora, or base, head, full")
     optimizer: str | None = _option(
         None,
         "steps full training or PEFT's own method: a name of `weft methods --pillar optim`, or HF Trainer's as "
@@ -100,7 +100,8 @@ def _method_values(method: Method) -> dict[str, Any]:
     from weft.run.methods import OF_THE_RUN, method_options, optimizer_values
 
     names = [option.name for option in method_options(method.name)]
-    settled = {name: getattr(method.config, name, None) for name in names} | optimizer_values(method)
+    config = method.config or method.weights
+    settled = {name: getattr(config, name, None) for name in names} | optimizer_values(method)
     return {name: value for name, value in settled.items() if name not in OF_THE_RUN or name in method.options}
 
 

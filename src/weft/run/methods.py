@@ -1,8 +1,9 @@
 """Methods by name: weft's own, PEFT's own (`peft:lora`), and the references `base`, `head` and `full`.
 
-What weft gives no parameter groups of its own, PEFT's methods and `full`, can name its optimiser after an @: one of
-weft's (`full@galore`, `peft:lora@lora_pro`) or of HF Trainer's (`full@hf:adafactor`). What stands behind a # only tells
-two entries of a comparison apart: `full@galore` and `full@galore#8bit`.
+weft's own are adapters, which PEFT puts on a model, and factorised weights, in whose form the model itself is trained.
+What has no parameter groups of its own, all but weft's adapters, can name its optimiser after an @: one of weft's
+(`full@galore`, `sltrain@galore`, `peft:lora@lora_pro`) or of HF Trainer's (`full@hf:adafactor`). What stands behind a #
+only tells two entries of a comparison apart: `full@galore` and `full@galore#8bit`.
 
 `resolve` checks a name and its options without loading any model; `attach` puts the method on a model.
 """
@@ -24,6 +25,8 @@ from weft.run import options as _options
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
+
+    from weft.pretrain._config import PretrainConfig
 
 REFERENCES = ("base", "head", "full")
 
@@ -90,6 +93,7 @@ class Method:
         knob: the config field that sets the number of trainable parameters; None where there is none.
         options: what the user set, by field name.
         optimizer: the name after an @, with its options; None for AdamW.
+        weights: the config of the factorised form in which the model's weights are trained; None for their own.
     """
 
     name: str
@@ -98,6 +102,7 @@ class Method:
     knob: str | None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: tuple[str, dict[str, Any]] | None = None
+    weights: PretrainConfig | None = None
 
     @property
     def trains(self) -> str:
@@ -125,7 +130,8 @@ def _peft_kinds() -> dict[str, tuple[str, dict[str, Any]]]:
 
 def names() -> list[str]:
     """Every name that `resolve` takes."""
-    return sorted(registry.cards("adapters")) + [f"peft:{name}" for name in sorted(_peft_kinds())] + list(REFERENCES)
+    own = [*sorted(registry.cards("adapters")), *sorted(registry.cards("pretrain"))]
+    return own + [f"peft:{name}" for name in sorted(_peft_kinds())] + list(REFERENCES)
 
 
 @functools.cache
@@ -142,11 +148,13 @@ def _config_class(name: str) -> type | None:
         if kind not in kinds:
             raise UsageError(f"unknown PEFT method {name!r}: {nearest(kind, kinds)}")
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kinds[kind][0])]
-    known = registry.cards("adapters")
+    known = registry.cards("adapters") | registry.cards("pretrain")
     if name not in known:
         elsewhere = registry.cards()
         if name in elsewhere:
-            raise UsageError(f"{name!r} is a method of {elsewhere[name].pillar}, not an adapter: {nearest('', known)}")
+            raise UsageError(
+                f"{name!r} is a method of {elsewhere[name].pillar}, and trains nothing by itself: {nearest('', known)}"
+            )
         raise UsageError(
             f"unknown method {name!r}: {nearest(name, [*known, 'peft:lora', *REFERENCES])} "
             "(PEFT's own are called peft:lora, peft:dora, peft:vera, ...)"
@@ -174,10 +182,10 @@ def parts(name: str) -> tuple[str, str | None]:
     trains, at, optimizer = name.partition("#")[0].partition("@")
     if not at:
         return trains, None
-    if trains != "full" and not trains.startswith("peft:"):
+    if trains != "full" and not trains.startswith("peft:") and trains not in registry.cards("pretrain"):
         raise UsageError(
             f"optimizer={optimizer!r} does not go with method {trains}: weft's adapters declare parameter groups of "
-            "their own for AdamW; use full, or PEFT's own as peft:lora"
+            "their own for AdamW; use full, PEFT's own as peft:lora, or one of `weft methods --pillar pretrain`"
         )
     return trains, optimizer
 
@@ -236,6 +244,11 @@ def resolve(name: str, options: dict[str, Any] | None = None, *, from_scratch: b
         recipe = {"learning_rate": _REFERENCE_LEARNING_RATES[trains], **_COMMON_RECIPE}
         recipe |= _PRETRAINING if from_scratch and trains == "full" else {}
         return Method(name, None, recipe, None, {})
+    if trains in registry.cards("pretrain"):
+        card = registry.card(trains)
+        recipe = resolve("full", from_scratch=from_scratch).recipe | _own_recipe(card, from_scratch)
+        weights = config_class.from_options(given)  # type: ignore[attr-defined]
+        return Method(name, None, recipe, card.knob, given, weights=weights)
     fields = dict(given)
     if trains.startswith("peft:"):
         kind, variant = _peft_kinds()[trains.removeprefix("peft:")]
@@ -266,11 +279,7 @@ def resolve(name: str, options: dict[str, Any] | None = None, *, from_scratch: b
 
 
 def _with_optimizer(name: str, trains: str, optimizer: str, given: dict[str, Any], from_scratch: bool) -> Method:
-    """A method that steps by another optimiser than AdamW.
-
-    The optimiser's recipe is for pretraining or for fine-tuning. In the other of the two its learning rate is to
-    AdamW's as it is in its own, and the schedule is AdamW's.
-    """
+    """A method that steps by another optimiser than AdamW."""
     keys = {key: option for option, key in _optimizer_keys(trains, optimizer).items()}
     given = _options.check(name, method_options(name), given)
     method = resolve(trains, {k: v for k, v in given.items() if k not in keys}, from_scratch=from_scratch)
@@ -279,13 +288,20 @@ def _with_optimizer(name: str, trains: str, optimizer: str, given: dict[str, Any
     if not optimizer.startswith("hf:"):
         card = registry.card(optimizer, "optim")
         registry.config_class(optimizer).from_options(theirs)  # type: ignore[attr-defined]
-        own = dict(card.recipe)
-        if trains == "full" and card.pretraining != from_scratch:
-            ratio = _PRETRAINING["learning_rate"] / _REFERENCE_LEARNING_RATES["full"]  # type: ignore[operator]
-            rate = own["learning_rate"] * (ratio if from_scratch else 1 / ratio)
-            own = {"learning_rate": float(f"{rate:.3g}"), "weight_decay": own.get("weight_decay", 0.0)}
-        recipe |= own
+        recipe |= dict(card.recipe) if trains.startswith("peft:") else _own_recipe(card, from_scratch)
     return dataclasses.replace(method, name=name, recipe=recipe, options=given, optimizer=(optimizer, theirs))
+
+
+def _own_recipe(card: registry.Card, from_scratch: bool) -> dict[str, Any]:
+    """The recipe of a card, which is for pretraining or for fine-tuning, for one of the two.
+
+    In the other one its learning rate is to AdamW's as it is in its own, and the schedule is AdamW's.
+    """
+    if card.pretraining == from_scratch:
+        return dict(card.recipe)
+    ratio = _PRETRAINING["learning_rate"] / _REFERENCE_LEARNING_RATES["full"]  # type: ignore[operator]
+    rate = card.recipe["learning_rate"] * (ratio if from_scratch else 1 / ratio)
+    return {"learning_rate": float(f"{rate:.3g}"), "weight_decay": card.recipe.get("weight_decay", 0.0)}
 
 
 def kind_takes_linear_targets(config_class: type) -> bool:
@@ -346,7 +362,7 @@ def following(method: Method, run: dict[str, Any]) -> Method:
     """
     known = {option.name for option in method_options(method.name)}
     values = {name: run[name] for name in OF_THE_RUN if name in run and name in known - method.options.keys()}
-    if not values or (method.config is None and method.optimizer is None):
+    if not values or (method.config is None and method.optimizer is None and method.weights is None):
         return method
     return resolve_with(method, values)
 
@@ -362,6 +378,11 @@ def check_fits(method: Method, model: nn.Module) -> list[str]:
 
     Raises UsageError where nothing matches (listing what there is) or a rank exceeds a matched weight's shorter side.
     """
+    if method.weights is not None:
+        from weft.pretrain._engine import targets
+
+        _check_optimizer(method, attach(method, copy.deepcopy(model)))
+        return list(targets(model, method.weights))
     if method.config is None:
         _check_optimizer(method, model)
         return []
@@ -475,6 +496,9 @@ def attach(
         return model.requires_grad_(True)
     if method.trains == "head":
         return _train_head_only(model)
+    if method.weights is not None:
+        options = {entry.name: getattr(method.weights, entry.name) for entry in dataclasses.fields(method.weights)}
+        return weft.reparametrise(model, method.trains, **options).requires_grad_(True)
     from peft import get_peft_model
 
     check_fits(method, model)

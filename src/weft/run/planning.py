@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from weft import registry
 from weft.errors import UsageError, WeftError
 from weft.run import budget as budgets
 from weft.run import spread
@@ -62,8 +63,10 @@ def method_options(study: Study, name: str) -> dict[str, Any]:
     from weft.run.methods import parts
 
     options = dict(study.options.get(name, {}))
-    takes = {option.name for option in options_of(parts(name)[0])}
-    if "target_modules" in takes and "target_parameters" not in options:
+    trains = parts(name)[0]
+    takes = {option.name for option in options_of(trains)}
+    everything = study.target_modules == "all-linear" and trains in registry.cards("pretrain")  # as by themselves
+    if "target_modules" in takes and "target_parameters" not in options and not everything:
         options.setdefault("target_modules", study.target_modules)
     return options
 

@@ -1,0 +1,20 @@
+"""Plain low rank: the start is the nearest to what stood there."""
+
+import torch
+from torch import nn
+
+import weft
+
+
+def test_the_start_is_the_nearest_of_its_rank_shared_evenly():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(9, 7, dtype=torch.float64))])})
+    w = model["layers"][0][0].weight.detach().clone()
+    weft.reparametrise(model, "lowrank", rank=4)
+    layer = model["layers"][0][0]
+    u, s, vh = torch.linalg.svd(w)
+    torch.testing.assert_close(layer.dense(), u[:, :4] * s[:4] @ vh[:4])
+    norms = layer.up.weight.norm(dim=0), layer.down.weight.norm(dim=1)
+    torch.testing.assert_close(norms[0], s[:4].sqrt())
+    torch.testing.assert_close(norms[1], s[:4].sqrt())
+    assert sum(p.numel() for p in layer.parameters()) == 4 * (9 + 7) + 7
