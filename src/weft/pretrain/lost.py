@@ -14,10 +14,11 @@ then everything but I is trained, and W is gone. It begins at whatever W the mod
 outputs are not W·x: the parts are weighed by γ and 1 − γ, and the chosen columns are in both. There is no α/r.
 
 The structure is the paper's. What is not confirmed is an option: SiLU as σ, γ = 0.7 and a density of 0.03 (SLTrain's,
-for as many numbers); r is about a quarter of the width. The first author's public experiments agree on σ, the roots of
-S in both factors, l2 and W's own columns, start from γ = 0.5 and a density of 0.05, and score no more than the 256
-singular values after r. Here all of W_comp is scored, as the paper's abstract has it. The sign of a pair (u_i, v_i) is
-free for W and not for σ, so it is fixed: the largest entry of each v_i is positive.
+for as many numbers); r is about a quarter of the width. Public experiments of the first author's, which are not the
+paper's code, have SiLU as an option, put the roots of S in both factors, score by l2 and take W's own columns; their
+defaults are γ = 0.5 and a density of 0.05, and they score 256 singular values after r at most. Here all of W_comp is
+scored, as the paper's abstract has it. The sign of a pair (u_i, v_i) is free for W and not for σ, so it is fixed: the
+largest entry of each v_i is positive.
 
 A part whose weight is 0 is not stored: γ = 1 leaves the bottleneck alone, with no channels, and γ = 0 the channels,
 with rank 0. Trained: r·(in + out) + k·out numbers a layer, and as many multiplications a token. With activation="none"
