@@ -41,7 +41,7 @@ class Structured(nn.Module):
 
     kind: ClassVar[str]  # the file's name
     version: ClassVar[int] = 1  # of the stored form
-    linear: ClassVar[bool] = True  # whether a stock layer can have its values
+    linear: bool = True  # whether a stock layer can have its values; of some kinds it depends on their options
     opaque: ClassVar[bool] = True  # whether the layers inside are parts of it, and none of their own
     weight: Tensor
     bias: nn.Parameter | None = None  # b (out), of the kinds that have one, wherever they keep it
