@@ -13,6 +13,7 @@ import weft
 OPTIONS: dict[str, dict[str, Any]] = {  # of methods whose defaults are for large matrices
     "sltrain": {"rank": 3, "lora_alpha": 3.0, "sp_ratio": 0.2},
     "lowrank": {"rank": 3},
+    "lost": {"rank": 3, "density": 0.25},
 }
 METHODS = sorted(weft.cards("pretrain"))
 

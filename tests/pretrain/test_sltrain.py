@@ -98,6 +98,26 @@ def test_layers_have_places_of_their_own_and_keep_them():
     assert moved.nonzero()[:, 0].tolist() == [int(before[4]) // 11]
 
 
+def test_a_factor_with_an_adapter_of_its_own_multiplies_by_itself():
+    layer = layer_of(9, 7, lora_alpha=5)
+    with torch.no_grad():
+        layer.up.weight.normal_()
+    x = torch.randn(20, 7, dtype=torch.float64)
+    before = layer(x)
+
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner, self.weight = inner, inner.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.inner(x)
+
+    low = 5 / 3 * x @ layer.down.weight.mT @ layer.up.weight.mT
+    layer.down = Twice(layer.down)
+    torch.testing.assert_close(layer(x), before + low)
+
+
 def test_the_whole_rank_is_in_reach_of_a_thin_product():
     layer = layer_of(12, 12, sp_ratio=0.5)
     with torch.no_grad():

@@ -143,17 +143,22 @@ class LowRankPlusScattered(StructuredLinear):
         return max(1, TILE // self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, down, values = x.to(dtype), self.down.weight.to(dtype), self.values.to(dtype)
-        up = (self.up.weight * self.c).to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        flat = x.reshape(-1, self.in_features)
+        device, dtype = x.device.type, x.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # meta knows of none
+            dtype = torch.get_autocast_dtype(device)
+        # a factor that is quantised, or has an adapter of its own, alone knows how to multiply
+        plain = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (self.down, self.up))
+        up: Tensor = self.up.weight * self.c if plain else x.new_empty(self.out_features, 0)
+        down: Tensor = self.down.weight if plain else x.new_empty(0, self.in_features)
+        bias: Tensor | None = self.bias if plain else None
+        flat, values = x.to(dtype).reshape(-1, self.in_features), self.values.to(dtype)
+        up, down, bias = up.to(dtype), down.to(dtype), None if bias is None else bias.to(dtype)
         if len(flat) <= FEW and not torch.is_grad_enabled():
             y = self._by_factors(flat, up, down, values, bias)
         else:
             y = _Product.apply(flat, up, down, values, bias, self.places, self._ends, self._tile)
-        return y.view(*x.shape[:-1], self.out_features)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if plain else y + self.up(self.c * self.down(x))
 
     def _by_factors(self, x: Tensor, up: Tensor, down: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         y = linear(linear(x, down), up, bias)
