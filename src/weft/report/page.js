@@ -60,7 +60,7 @@
     peak_bytes: { label: "Peak memory", text: "peak", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
     step_seconds: { label: "Time per step", text: "step", units: [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]] },
     optimizer_bytes: { label: "Optimiser's state", text: "state_bytes", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
-    file_bytes: { label: "Adapter file", text: "file", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
+    file_bytes: { label: "File", text: "file", units: [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]] },
   };
   function front(points) {
     const sorted = d3.sort(points, (p) => p.x, (p) => worse * p.m.mean);
@@ -75,6 +75,7 @@
     const [divisor, unit] = cost.units.find(([size]) => most >= size) ?? cost.units.at(-1);
     const points = shown.map((m) => ({ m, x: m[box.dataset.cost] / divisor, y: m.mean }));
     const [low, high] = d3.extent(points, (p) => p.x);
+    if (low === high && points.length > 1) return null; // it costs the same with all of them
     const log = high / low > 6;
     const xDomain = log ? [low / 1.5, high * 1.6] : padded([low, high], 0.14);
     const yDomain = scoreDomain(shown, 0.12);

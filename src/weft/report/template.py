@@ -78,6 +78,7 @@ def short(spec: Any) -> str:
     if isinstance(spec, list):
         return quantities.listing([short(each) for each in spec]) or NOTHING
     text = str(spec or NOTHING).rstrip("/")
+    text = text.partition("?")[0] if text.startswith("config:") else text  # the facts have its fields
     return text.rsplit("/", 1)[-1] if text.startswith(("/", "./", "../", "~")) else text
 
 
