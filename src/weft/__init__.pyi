@@ -4,7 +4,6 @@ from weft.adapters._export import export as export
 from weft.adapters._training import StepCallback as StepCallback
 from weft.adapters._training import optimizer_and_scheduler as optimizer_and_scheduler
 from weft.adapters._training import prepare as prepare
-from weft.adapters._training import step as step
 from weft.adapters.allora import AlloraConfig as AlloraConfig
 from weft.adapters.bayesian_lora import BayesianLoraConfig as BayesianLoraConfig
 from weft.adapters.block_lora import BlockLoraConfig as BlockLoraConfig
@@ -50,5 +49,6 @@ from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards
 from weft.registry import config_class as config_class
+from weft.steps import step as step
 
 __version__: str

@@ -213,7 +213,7 @@ class Watch(TrainerCallback):
 
 def _penalty(model: nn.Module) -> float | None:
     """What the methods on the model added to the objective in the last step, beside the task's loss."""
-    from weft.adapters._training import controllers
+    from weft.steps import controllers
 
     terms = [controller.last_penalty for controller in controllers(model) if controller.last_penalty is not None]
     return float(torch.stack([term.detach().float() for term in terms]).sum()) if terms else None
