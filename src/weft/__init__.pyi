@@ -44,6 +44,7 @@ from weft.optim.owlore import OwloreConfig as OwloreConfig
 from weft.optim.sara import SaraConfig as SaraConfig
 from weft.pretrain._engine import reparametrise as reparametrise
 from weft.pretrain.lowrank import LowrankConfig as LowrankConfig
+from weft.pretrain.relora import ReloraConfig as ReloraConfig
 from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
 from weft.registry import Card as Card
 from weft.registry import card as card

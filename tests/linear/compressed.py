@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rank_aware_sparse": {"rank": 5, "tau": 0.1, "prefill_ratio": 0.999},  # sequences as short as here all run sparse
     "low_rank_plus_sparse": {"rank": 2, "density": 0.25},
     "low_rank_plus_scattered": {"rank": 2, "density": 0.25},
+    "dense_plus_low_rank": {"rank": 3},
     "spectral": {"rank": 3},
     "factored_embedding": {"rank": 3, "mean": True},
     "low_rank_conv": {"rank": 3},
@@ -32,6 +33,7 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "rank_aware_sparse": lambda out, in_: {"rank": min(out, in_), "tau": 0.1, "prefill_ratio": 0.999},
     "low_rank_plus_sparse": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
     "low_rank_plus_scattered": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
+    "dense_plus_low_rank": lambda out, in_: {"rank": min(out, in_)},
     "spectral": lambda out, in_: {"rank": min(out, in_)},
     "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
     "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},
