@@ -130,6 +130,7 @@ CASES = [
     ("bert", "rank_aware_sparse"),
     ("gpt2", "low_rank_plus_sparse"),
     ("llama", "spectral"),
+    ("bert", "dense_plus_low_rank"),
     ("bert_words", "factored_embedding"),
     ("resnet", "low_rank_conv"),
 ]
