@@ -13,7 +13,9 @@ import weft
 OPTIONS: dict[str, dict[str, Any]] = {  # of methods whose defaults are for large matrices
     "sltrain": {"rank": 3, "lora_alpha": 3.0, "sp_ratio": 0.2},
     "lowrank": {"rank": 3},
+    "relora": {"rank": 3, "lora_alpha": 3.0, "relora_steps": 4, "restart_warmup": 2},
 }
+DRAWN = ("relora", "sltrain")  # those that start at something random
 METHODS = sorted(weft.cards("pretrain"))
 
 

@@ -280,12 +280,12 @@ def test_a_run_without_a_merge_is_warned_of(caplog: pytest.LogCaptureFixture) ->
 SHORT = {"rank": 4, "relora_steps": 3, "restart_warmup": 2}
 
 
-def run(llama: Any, corpus: Any, output: Any, resume: bool = False, method: str = "full", **settings: Any) -> Any:
+def run(llama: Any, corpus: Any, output: Any, resume: bool = False, method: str = "relora", **settings: Any) -> Any:
     base = load_base(str(llama), "causal-lm")
     splits = data.load_splits(str(corpus), "causal-lm", base.tokenizer, max_length=32)
-    weft.reparametrise(base.model, "relora", **SHORT)
     given = {"max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "eval_steps": 0, "logging_steps": 4, **settings}
-    return train(base, splits, methods.resolve(method), TrainSettings(**given), output, resume=resume, progress=False)
+    chosen = methods.resolve(method, SHORT)
+    return train(base, splits, chosen, TrainSettings(**given), output, resume=resume, progress=False)
 
 
 def test_a_llama_learns_and_is_saved_as_what_it_is_and_dense(llama, corpus, tmp_path) -> None:
@@ -304,7 +304,7 @@ def test_a_llama_learns_and_is_saved_as_what_it_is_and_dense(llama, corpus, tmp_
         torch.testing.assert_close(dense(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["full", "full@hf:sgd"])
+@pytest.mark.parametrize("method", ["relora", "relora@hf:sgd"])
 def test_a_killed_run_goes_on_where_it_was(llama, corpus, tmp_path, method) -> None:
     whole = run(llama, corpus, tmp_path / "whole", method=method, save_steps=4)
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
@@ -312,4 +312,4 @@ def test_a_killed_run_goes_on_where_it_was(llama, corpus, tmp_path, method) -> N
     expected = whole.model.state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in again.model.state_dict().items())
     (controller,) = {c for m in layers(again.model).values() for c in m.controllers.values()}
-    assert controller.step == 8 and controller.total_steps == (8 if method == "full" else None)
+    assert controller.step == 8 and controller.total_steps == (8 if method == "relora" else None)
