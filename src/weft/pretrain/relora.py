@@ -11,18 +11,18 @@ its name), and so the same in all processes. Nothing else of the model is replac
 At a merge `reset_share` of the entries of the factors' moments become zero, the smallest ones; 1 forgets them all, the
 authors' other choice. The authors take the smallest of each moment by itself. An entry could then keep Adam's first
 moment and lose the second, and would be divided by ε alone, since A has no gradient while B is 0: here an entry keeps
-all of its moments or none. Adam's count of steps goes on, so that under constant gradients its steps after a reset are
-up to 6.6 times too long (β of 0.9 and 0.999), which the warm-up is for. An optimiser whose moments are not of the
-factor's shape is refused.
+all of its moments or none, and a few more than that share are reset. Adam's count of steps goes on, so that under
+constant gradients its steps after a reset are up to 6.6 times too long (β of 0.9 and 0.999), which the warm-up is for.
+An optimiser whose moments are not of the factor's shape is refused.
 
-The jagged schedule of the paper is the run's own, times min(1, k / restart_warmup) on the k-th step of A and B after
-a merge (weight decay included). The other parameters, whose moments are not reset, follow the run's schedule alone; in
+The jagged schedule of the paper is the run's own, times min(1, k / restart_warmup) on the k-th step of A and B after a
+merge (weight decay included). The other parameters, whose moments are not reset, follow the run's schedule alone; in
 the authors' code all of them warm up anew, from 0.
 
-The authors train without factors for the first 5,000 of 20,000 steps, and find that ReLoRA stays behind without: to
-start warm, give a model so trained. Trained: r·(in + out) numbers a layer, with Adam's two moments of those alone; W is
-stored besides. A linear map: `weft export --to dense` writes the stock model. One that was saved and loaded trains A
-and B and merges no more: make it dense and reparametrise it again.
+The authors train without factors for the first 5,000 of 20,000 steps: to start warm as they do, give a model so
+trained. Trained: r·(in + out) numbers a layer, with Adam's two moments of those alone; W is stored besides. A linear
+map: `weft export --to dense` writes the stock model. One that was saved and loaded trains A and B and merges no more:
+make it dense and reparametrise it again.
 """
 
 from __future__ import annotations
