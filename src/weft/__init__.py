@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "prepare": "weft.adapters._training",
     "optimizer_and_scheduler": "weft.adapters._training",
-    "step": "weft.adapters._training",
+    "step": "weft.steps",
     "StepCallback": "weft.adapters._training",
     "export": "weft.adapters._export",
     "compress": "weft.compress._engine",

@@ -4,7 +4,6 @@ from weft.adapters._export import export as export
 from weft.adapters._training import StepCallback as StepCallback
 from weft.adapters._training import optimizer_and_scheduler as optimizer_and_scheduler
 from weft.adapters._training import prepare as prepare
-from weft.adapters._training import step as step
 from weft.adapters.allora import AlloraConfig as AlloraConfig
 from weft.adapters.bayesian_lora import BayesianLoraConfig as BayesianLoraConfig
 from weft.adapters.block_lora import BlockLoraConfig as BlockLoraConfig
@@ -46,10 +45,12 @@ from weft.optim.sara import SaraConfig as SaraConfig
 from weft.pretrain._engine import reparametrise as reparametrise
 from weft.pretrain.lost import LostConfig as LostConfig
 from weft.pretrain.lowrank import LowrankConfig as LowrankConfig
+from weft.pretrain.relora import ReloraConfig as ReloraConfig
 from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
 from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards
 from weft.registry import config_class as config_class
+from weft.steps import step as step
 
 __version__: str

@@ -14,7 +14,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of methods whose defaults are for larg
     "sltrain": {"rank": 3, "lora_alpha": 3.0, "sp_ratio": 0.2},
     "lowrank": {"rank": 3},
     "lost": {"rank": 3, "density": 0.25},
+    "relora": {"rank": 3, "lora_alpha": 3.0, "relora_steps": 4, "restart_warmup": 2},
 }
+DRAWN = ("relora", "sltrain")  # those that start at something random
 METHODS = sorted(weft.cards("pretrain"))
 
 

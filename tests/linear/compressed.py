@@ -22,6 +22,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "low_rank_plus_sparse": {"rank": 2, "density": 0.25},
     "low_rank_plus_scattered": {"rank": 2, "density": 0.25},
     "low_rank_plus_channels": {"rank": 3, "channels": 2, "gamma": 0.7},
+    "dense_plus_low_rank": {"rank": 3},
     "spectral": {"rank": 3},
     "factored_embedding": {"rank": 3, "mean": True},
     "low_rank_conv": {"rank": 3},
@@ -34,6 +35,7 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "low_rank_plus_sparse": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
     "low_rank_plus_scattered": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
     "low_rank_plus_channels": lambda out, in_: {"rank": min(out, in_), "channels": 1, "gamma": 0.7},
+    "dense_plus_low_rank": lambda out, in_: {"rank": min(out, in_)},
     "spectral": lambda out, in_: {"rank": min(out, in_)},
     "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
     "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},
@@ -132,6 +134,7 @@ CASES = [
     ("llama", "low_rank_plus_scattered"),
     ("bert", "low_rank_plus_channels"),
     ("llama", "spectral"),
+    ("bert", "dense_plus_low_rank"),
     ("bert_words", "factored_embedding"),
     ("resnet", "low_rank_conv"),
 ]

@@ -1,21 +1,19 @@
-"""Training with adapters: what happens before attaching, the optimiser and its groups, steps taken outside torch."""
+"""Training with adapters: what happens before attaching, the optimiser and its groups."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from weft.adapters._config import AdapterConfig
-from weft.adapters._controller import Controller, adopt_state
 from weft.adapters._delta import Delta, Group
 from weft.errors import UsageError
 from weft.registry import card, load
+from weft.steps import adopt_state, controllers, step
 
 
 def prepare(model: nn.Module, config: AdapterConfig, **served: Any) -> AdapterConfig:
@@ -36,27 +34,6 @@ def prepare(model: nn.Module, config: AdapterConfig, **served: Any) -> AdapterCo
     if needs:
         load(config.slug()).prepare(model, config, **{name: served[name] for name in needs})
     return config
-
-
-def controllers(model: nn.Module) -> Iterator[Controller]:
-    """Every controller of the model, once."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            for controller in getattr(module, "controllers", {}).values():
-                if id(controller) not in seen:
-                    seen.add(id(controller))
-                    yield controller
-
-
-def step(model: nn.Module) -> None:
-    """Tell the adapters that an optimiser step was taken, for optimisers that are not `torch.optim.Optimizer`s.
-
-    Call it after the step and before gradients are cleared. Where torch's own hooks have spoken it does nothing. What a
-    method scales or holds back of a step (`Controller.update_scales`) takes those hooks: here the step stays as it is.
-    """
-    for controller in controllers(model):
-        controller.external_step()
 
 
 class StepCallback(TrainerCallback):

@@ -1,7 +1,9 @@
 """Dense layers replaced by factorised ones that are trained in their place.
 
 A method file defines two functions: `spec(config, out, in_)`, what config.json will say of a layer of that size, and
-`start(config, layer, weight, source)`, which gives the layer its first values, from a weight or from a generator.
+`start(config, layer, weight, source)`, which gives the layer its first values, from a weight or from a generator. What
+acts in time is a `weft.steps.Controller` that the file may define besides: `relora` → `ReloraController`. Its parts are
+the layers that were made.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from weft.linear._structured import Structured, bare_linear, empty
 from weft.linear._transformers import attach_format
 from weft.patterns import selection
 from weft.pretrain._config import PretrainConfig
+from weft.steps import Controller
 
 LOGGER = logging.getLogger(__name__)
 
@@ -52,6 +55,9 @@ def reparametrise(model: nn.Module, method: str, **options: Any) -> nn.Module:
     before = sum(p.numel() for p in model.parameters())
     for name, layer in made.items():
         model.set_submodule(name, layer)
+    controller: Any = getattr(maker, registry.class_name(card.slug, "Controller"), None)
+    if controller is not None:
+        _hang(controller, config, made)
     if isinstance(model, PreTrainedModel):
         attach_format(model)
     after = sum(p.numel() for p in model.parameters())
@@ -97,3 +103,23 @@ def _made(maker: Any, config: PretrainConfig, name: str, layer: Any) -> Structur
     return made
 
 
+def _hang(kind: type[Controller], config: PretrainConfig, layers: dict[str, Any]) -> None:
+    """Make the controller of these layers, and let each tell it of what happens to the layer."""
+    for name, layer in layers.items():
+        layer.name = name
+    controller = kind(config, list(layers.values()))
+    for layer in layers.values():
+        layer.controllers = {config.slug(): controller}
+        layer.register_forward_pre_hook(_watch)
+        layer.register_load_state_dict_post_hook(_forget)
+
+
+def _watch(layer: Any, inputs: Any) -> None:
+    if layer.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for controller in layer.controllers.values():
+            controller.watch(layer)
+
+
+def _forget(layer: Any, keys: Any) -> None:
+    for controller in layer.controllers.values():
+        controller.forget(layer)

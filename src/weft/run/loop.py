@@ -25,6 +25,7 @@ from weft.run import checkpoints, evaluate
 from weft.run.data import Splits, collate
 from weft.run.progress import Progress
 from weft.run.settings import TrainSettings
+from weft.steps import adopt_state, controllers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +70,12 @@ class StepTrainer(Trainer):
 
     def end_step(self) -> None:
         self._micro = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made = super().create_optimizer(model)
+        if next(controllers(self.model), None) is not None:
+            adopt_state(made)  # before a checkpoint is read, whoever made the optimiser
+        return made
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = Path(resume_from_checkpoint) / checkpoints.STATE
@@ -213,8 +220,6 @@ class Watch(TrainerCallback):
 
 def _penalty(model: nn.Module) -> float | None:
     """What the methods on the model added to the objective in the last step, beside the task's loss."""
-    from weft.adapters._training import controllers
-
     terms = [controller.last_penalty for controller in controllers(model) if controller.last_penalty is not None]
     return float(torch.stack([term.detach().float() for term in terms]).sum()) if terms else None
 

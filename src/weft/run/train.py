@@ -36,6 +36,7 @@ from weft.run.methods import Method
 from weft.run.models import Base
 from weft.run.progress import Progress
 from weft.run.settings import TrainSettings, training_arguments
+from weft.steps import controllers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -202,7 +203,7 @@ def _run(
         if not method.optimizer[0].startswith("hf:"):
             batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
             extra["optimizers"] = _own_optimizer(model, method, args, batches), None
-    elif method.config is not None and not method.name.startswith("peft:"):
+    elif next(controllers(model), None) is not None:
         import weft
 
         extra["optimizers"] = weft.optimizer_and_scheduler(model, args, total_steps(splits, args))
