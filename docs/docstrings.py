@@ -23,7 +23,7 @@ ENGINE = {
     "weft.adapters._delta": ("Site", "Group", "Delta", "LowRankDelta"),
     "weft.adapters._gated": ("GatedDelta",),
     "weft.adapters._core": ("CoreDelta",),
-    "weft.adapters._controller": ("Controller",),
+    "weft.steps": ("Controller",),
     "weft.adapters._bases": ("SharedBasis", "shared_basis"),
 }
 _SECTION = re.compile(r"^(Args|Arguments|Attributes|Returns|Raises|Yields):$")
