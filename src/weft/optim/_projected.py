@@ -160,11 +160,11 @@ class Projected(Optimizer):
         beta = 1 - group["lr"] * group["weight_decay"]
         scale = scale if self.decay_first else scale * beta
         numbers: tuple[Number, ...] = (*inner.numbers(group, state["step"]), scale, beta)
-        if self._compiled:
+        if self._compiled:  # a graph is made anew for every number that it depends on
             numbers = tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        constants = {key: group[key] for key in ("betas", "eps") if key in group}
-        self._move(inner, projector, tensors, p, r, constants, numbers)
+            state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            group = {key: group[key] for key in ("betas", "eps") if key in group}
+        self._move(inner, projector, state, p, r, group, numbers)
 
 
 def fit_is_due(state: State) -> bool:
