@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from weft.errors import UsageError
 from weft.optim._optimizer import Group, Optimizer, State, named, whole
-from weft.optim._rules import Number, Rule, rule
+from weft.optim._rules import AdamW8bit, Number, Rule, rule
 
 
 class Projector(Protocol):
@@ -98,6 +99,11 @@ class Projected(Optimizer):
         rank, gap, name = group["rank"], group["update_proj_gap"], type(self).__name__
         if not isinstance(gap, int) or gap < 1:
             raise UsageError(f"{name}: update_proj_gap={gap!r} must be a whole number of steps, at least 1")
+        if isinstance(self.rule, AdamW8bit) and any(isinstance(p, DTensor) for p in group["params"]):
+            raise UsageError(
+                f"{name}: the moments of inner='adamw8bit' cannot be sharded as a DTensor is, but those of 'adamw' and "
+                "'adafactor' can"
+            )
         if rank is None:
             return
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
