@@ -221,7 +221,7 @@ def eight_bit(repeats: int) -> dict[str, Any]:
 
 
 def curve() -> dict[str, Any]:
-    """A small Llama on one stream of tokens: the losses of galore-torch and ours, exact and warm."""
+    """A small Llama on one stream: the losses of galore-torch, with our signs too, and of ours, exact and warm."""
     from galore_torch import GaLoreAdamW
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -233,12 +233,15 @@ def curve() -> dict[str, Any]:
         vocab_size=256, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4
     )
     found: dict[str, Any] = {}
-    for name in ("galore-torch", "exact", "warm"):
+    for name in ("galore-torch", "galore-torch, canonical signs", "exact", "warm"):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         groups = weft.optim.param_groups(model, rank=32, update_proj_gap=20, scale=0.25, proj_type="std")
-        if name == "galore-torch":
+        signs: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if name.startswith("galore-torch"):
             plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
+            if "signs" in name:
+                signs = mock.patch.object(torch.linalg, "svd", canonical_svd(torch.linalg.svd))
             optimizer: Any = GaLoreAdamW(plain, lr=0.01, no_deprecation_warning=True)
         else:
             optimizer = weft.optim.Galore(groups, lr=0.01, svd=name)
@@ -250,13 +253,26 @@ def curve() -> dict[str, Any]:
             loss = model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            with signs:
+                optimizer.step()
             losses.append(loss.item())
         found[name] = {"losses": losses[::10], "last_20": statistics.fmean(losses[-20:])}
         print(f"curve, {name}: last 20 losses {found[name]['last_20']:.4f}", flush=True)
     last = {name: row["last_20"] for name, row in found.items()}
     found["ratios"] = {f"last losses, {name} / galore-torch": last[name] / last["galore-torch"] for name in last}
     return found
+
+
+def canonical_svd(svd: Callable[..., Any]) -> Callable[..., Any]:
+    """The same decomposition with the signs that ours have."""
+    from weft.algebra.svd import canonical_signs
+
+    def signed(m: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = svd(m, full_matrices=full_matrices)
+        u, vh = canonical_signs(u, vh)
+        return u, s, vh
+
+    return signed
 
 
 def selection(repeats: int) -> dict[str, Any]:
@@ -379,9 +395,9 @@ def resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def widths(repeats: int) -> dict[str, Any]:
+def widths(repeats: int, widest: int) -> dict[str, Any]:
     """Blocks of several widths, 11/4 of that in between, rank a quarter."""
-    found = {str(n): steps(n, 11 * n // 4, n // 4, repeats if n < 4096 else 3) for n in WIDTHS}
+    found = {str(n): steps(n, 11 * n // 4, n // 4, repeats if n < 4096 else 3) for n in WIDTHS if n <= widest}
     ratios = {f"{what}, {n}": ratio for n, rows in found.items() for what, ratio in rows.pop("ratios").items()}
     return {"rows": found, "ratios": {what: ratio for what, ratio in ratios.items() if "theirs" in what}}
 
@@ -410,7 +426,7 @@ def draw(rows: dict[str, Any], out: Path) -> None:
         cell.set_xscale("log", base=2)
         cell.set_yscale("log")
         cell.minorticks_off()
-        cell.set_xticks(WIDTHS, [str(n) for n in WIDTHS], fontsize=7)
+        cell.set_xticks([int(n) for n in rows], list(rows), fontsize=7)
         cell.tick_params(axis="y", labelsize=7)
         cell.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("width of the block", fontsize=9)
@@ -428,6 +444,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SHAPES, help="one size alone")
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--widest", type=int, default=WIDTHS[-1], help="of --widths: none above, as an SVD takes minutes")
     args = parser.parse_args()
     if args.memory_of:
         print(memory_of(args.memory_of))
@@ -449,7 +466,7 @@ def main() -> None:
     if args.memory:
         found["memory"] = memory()
     if args.widths:
-        found["widths"] = widths(args.repeats)
+        found["widths"] = widths(args.repeats, args.widest)
         draw(found["widths"]["rows"], PICTURE)
     if not found:
         sizes = [args.size] if args.size else SHAPES
