@@ -444,7 +444,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SHAPES, help="one size alone")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--widest", type=int, default=WIDTHS[-1], help="of --widths: none above, as an SVD takes minutes")
+    parser.add_argument("--widest", type=int, default=WIDTHS[-1], help="of --widths: none above")
     args = parser.parse_args()
     if args.memory_of:
         print(memory_of(args.memory_of))
