@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from weft.algebra import gram
 from weft.algebra.gram import over_root, root, times_root
 from weft.algebra.random import generator
-from weft.algebra.svd import canonical_signs, rank_for_energy, svd_sketch, svd_top, weighted_svd
+from weft.algebra.svd import canonical_signs, leading_vectors, rank_for_energy, svd_sketch, svd_top, weighted_svd
 
 
 def matrix(out: int, in_: int, seed: int = 0, values: Tensor | None = None) -> Tensor:
@@ -102,6 +103,22 @@ def test_a_sketch_holds_almost_all_the_energy_and_all_of_a_low_rank_matrix(shape
 
 
 # --- weighted ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("shape", [(80, 60), (60, 80), (300, 60)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-6, 0.0])
+@pytest.mark.parametrize("size", [1.0, 1e-10])
+def test_power_steps_hold_the_energy_in_orthonormal_columns(dtype, error, shape, smallest, size):
+    """Also of matrices whose small directions float32 cannot tell from rounding."""
+    values = size * (torch.linspace(1, 0, 60) if not smallest else torch.logspace(0, math.log10(smallest), 60)).double()
+    values = values * (values > 0.9 * size) if not smallest else values  # six directions, fewer than are wanted
+    w = matrix(*shape, values=values)
+    r = 12
+    start = torch.linalg.qr(matrix(shape[1], r, seed=1)).Q.to(dtype)
+    found = leading_vectors(w.to(dtype), r, start=start, power=3, generator=generator(0)).double()
+    assert identity_error(found) < error
+    assert (w @ found).square().sum() > 0.99 * values[:r].square().sum()
 
 
 def weight(kind: str, d: int, seed: int) -> Tensor | None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weft.optim
@@ -495,22 +490,3 @@ def test_a_compiled_step_is_the_eager_one_with_one_graph_a_shape(kind):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert counters["stats"]["unique_graphs"] <= 2 * 4  # two matrices, two biases
     assert not counters["graph_break"]
-
-
-@pytest.mark.slow
-def test_sharded_parameters_take_the_same_steps(tmp_path):
-    """FSDP2 over two gloo processes with uneven shards, both sides of the projection."""
-    import dct_projection_worker
-
-    worker = Path(__file__).with_name("dct_projection_worker.py")
-    jobs = [
-        subprocess.Popen([sys.executable, str(worker), str(rank), "2", str(tmp_path)], env=tiny.environment())
-        for rank in range(2)
-    ]
-    assert [job.wait(timeout=240) for job in jobs] == [0, 0]
-    for kind in dct_projection_worker.KINDS:
-        found = load_file(tmp_path / f"{kind}.safetensors")
-        model = dct_projection_worker.model()
-        dct_projection_worker.train(model, kind)
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(found[name], p.detach(), rtol=1e-6, atol=1e-9, msg=f"{kind} {name}")

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
-import fsdp_worker
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weft.optim
@@ -352,24 +346,3 @@ def test_groups_leave_out_embeddings_heads_and_norms_and_decay_no_vectors(llama,
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
     assert {name for each in names for name in each} == {name for name, _ in model.named_parameters()}
     assert f"in {len(names[0])} matrices are projected to rank 4" in caplog.text
-
-
-@pytest.mark.slow
-def test_sharded_parameters_take_the_same_steps(tmp_path):
-    """FSDP2 over two gloo processes with uneven shards, both sides of the projection."""
-    worker = Path(__file__).with_name("fsdp_worker.py")
-    jobs = [
-        subprocess.Popen([sys.executable, str(worker), str(rank), "2", str(tmp_path)], env=tiny.environment())
-        for rank in range(2)
-    ]
-    assert [job.wait(timeout=240) for job in jobs] == [0, 0]
-    for kind in ("std", "reverse_std", "full"):
-        found = load_file(tmp_path / f"{kind}.safetensors")
-        for name, p in alone(kind).items():
-            torch.testing.assert_close(found[name], p, rtol=1e-6, atol=1e-9, msg=f"{kind} {name}")
-
-
-def alone(kind: str) -> dict[str, Tensor]:
-    model = fsdp_worker.model()
-    fsdp_worker.train(model, kind)
-    return {name: p.detach() for name, p in model.named_parameters()}

@@ -306,15 +306,23 @@ def test_groups_that_cannot_work_are_refused(change, message):
 
 def test_a_pair_with_one_gradient_is_refused_and_one_without_any_rests():
     model = _Two()
-    optim = LoraPro(model.groups())
+    pairs, rest = model.groups()
+    apart = [{**pairs, "params": pairs["params"][at : at + 2], "scaling": S} for at in (0, 2)]
+    optim = LoraPro([rest, *apart])
     model.loss(0).backward()
     model.a1.grad = model.b1.grad = None
     before = model.a1.detach().clone(), model.a2.detach().clone()
     optim.step()
     assert torch.equal(before[0], model.a1) and not torch.equal(before[1], model.a2)
+    optim.zero_grad()
+    model.loss(1).backward()
     model.a2.grad = None
+    before = [p.detach().clone() for p in model.parameters()]
+    steps = {p: state["step"] for p, state in optim.state.items()}
     with pytest.raises(UsageError, match="b2 has a gradient and the other factor of its pair has none"):
         optim.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))  # nor what comes before it
+    assert {p: state["step"] for p, state in optim.state.items()} == steps
 
 
 def test_sharded_factors_are_refused(tmp_path):

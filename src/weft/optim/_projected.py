@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from weft.errors import UsageError
 from weft.optim._optimizer import Group, Optimizer, State, named, whole
-from weft.optim._rules import Number, Rule, rule
+from weft.optim._rules import AdamW8bit, Number, Rule, rule
 
 
 class Projector(Protocol):
@@ -98,6 +99,11 @@ class Projected(Optimizer):
         rank, gap, name = group["rank"], group["update_proj_gap"], type(self).__name__
         if not isinstance(gap, int) or gap < 1:
             raise UsageError(f"{name}: update_proj_gap={gap!r} must be a whole number of steps, at least 1")
+        if isinstance(self.rule, AdamW8bit) and any(isinstance(p, DTensor) for p in group["params"]):
+            raise UsageError(
+                f"{name}: the moments of inner='adamw8bit' cannot be sharded as a DTensor is, but those of 'adamw' and "
+                "'adafactor' can"
+            )
         if rank is None:
             return
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -160,11 +166,11 @@ class Projected(Optimizer):
         beta = 1 - group["lr"] * group["weight_decay"]
         scale = scale if self.decay_first else scale * beta
         numbers: tuple[Number, ...] = (*inner.numbers(group, state["step"]), scale, beta)
-        if self._compiled:
+        if self._compiled:  # a graph is made anew for every number that it depends on
             numbers = tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        constants = {key: group[key] for key in ("betas", "eps") if key in group}
-        self._move(inner, projector, tensors, p, r, constants, numbers)
+            state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            group = {key: group[key] for key in ("betas", "eps") if key in group}
+        self._move(inner, projector, state, p, r, group, numbers)
 
 
 def fit_is_due(state: State) -> bool:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from weft.errors import UsageError, nearest
 from weft.optim._optimizer import Group, State
@@ -54,12 +55,24 @@ class AdamW:
 
 
 def _adam(m: Tensor, v: Tensor, r: Tensor, group: Group) -> Tensor:
-    """m / (√v + eps) of the moments, which are moved on in place."""
+    """m / (√v + eps) of the moments, which are moved on in place: in one pass where torch has a kernel for that."""
     b1, b2 = group["betas"]
+    alike = r.is_contiguous() and m.is_contiguous() and not isinstance(r, DTensor)  # the kernel looks at no strides
+    if alike and r.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        n = torch.zeros_like(r)  # AdamW's step from 0, backwards, so late that nothing is corrected for the start
+        torch._fused_adamw_(
+            [n], [r], [m], [v], [], [_late(r.device)], lr=-1.0, beta1=b1, beta2=b2, weight_decay=0.0,
+            eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return n
     m.lerp_(r, 1 - b1)
     v.mul_(b2).addcmul_(r, r, value=1 - b2)
-    denominator = v.sqrt().add_(group["eps"])
-    return torch.div(m, denominator, out=denominator) if not torch.compiler.is_compiling() else m / denominator
+    return m / v.sqrt().add_(group["eps"])
+
+
+@functools.lru_cache(maxsize=8)
+def _late(device: torch.device) -> Tensor:
+    return torch.tensor(math.inf, device=device)
 
 
 class Sgd:
@@ -143,12 +156,9 @@ class AdamW8bit:
             return AdamW().direction(state, r, group, numbers)
         m, v = self._read(state, "exp_avg", True).to(r.dtype), self._read(state, "exp_avg_sq", False).to(r.dtype)
         flat = torch.nn.functional.pad(r.flatten(), (0, m.numel() - r.numel())).view_as(m)
-        b1, b2 = group["betas"]
-        m.lerp_(flat, 1 - b1)
-        v.mul_(b2).addcmul_(flat, flat, value=1 - b2)
+        n = _adam(m, v, flat, group)
         self._write(state, "exp_avg", True, m)
         self._write(state, "exp_avg_sq", False, v)
-        n = m / v.sqrt_().add_(group["eps"])
         return n.flatten()[: r.numel()].view_as(r), numbers[0]
 
     def _read(self, state: State, name: str, signed: bool) -> Tensor:

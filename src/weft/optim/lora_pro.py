@@ -40,7 +40,7 @@ from torch.optim.adamw import adamw
 from weft.algebra.random import generator
 from weft.errors import UsageError, nearest
 from weft.optim._config import OptimConfig
-from weft.optim._optimizer import Group, Optimizer, State
+from weft.optim._optimizer import Group, Optimizer, State, named
 from weft.registry import Card
 
 CARD = Card(
@@ -125,17 +125,24 @@ class LoraPro(Optimizer):
                 shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
                 raise UsageError(f"LoraPro: shapes {shapes} are not those of A (r × in) and B (out × r)")
 
+    def take(self) -> None:
+        for place, group in enumerate(self.param_groups):
+            names = list(named(group, place)) if group["scaling"] is not None else []
+            for pair in zip(names[::2], names[1::2]):
+                trained = [name for name, p in pair if p.grad is not None]
+                if len(trained) == 1:
+                    raise UsageError(
+                        f"LoraPro: {trained[0]} has a gradient and the other factor of its pair has none; nothing moved"
+                    )
+        super().take()
+
     def update(self, group: Group, parameters: list[tuple[str, Tensor]]) -> None:
         if group["scaling"] is None:
             self._adam(group, [(p, _wide(p.grad)) for _, p in parameters])
             return
-        trained = {id(p): name for name, p in parameters}
         alike: dict[tuple[object, ...], list[Pair]] = {}
         for a, b, s in zip(group["params"][::2], group["params"][1::2], group["scaling"]):
-            if (id(a) in trained) != (id(b) in trained):
-                name = trained.get(id(a)) or trained.get(id(b))
-                raise UsageError(f"LoraPro: {name} has a gradient and the other factor of its pair has none")
-            if id(a) in trained:
+            if a.grad is not None:
                 alike.setdefault((a.shape, b.shape, a.dtype, b.dtype, a.device), []).append(Pair(a, b, s))
         for same in alike.values():
             count = max(1, _TOGETHER // (same[0].a.numel() + same[0].b.numel()))
