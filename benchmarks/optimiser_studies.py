@@ -1,10 +1,10 @@
-"""Optimisers on real text: three studies, each one `weft compare`.
+"""Optimisers and forms of weights on real text: three studies, each one `weft compare`.
 
     python benchmarks/optimiser_studies.py --data-dir DIR                     all of them, one after the other
     python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining one: pretraining, larger or fine-tuning
 
     pretraining   a Llama of 1.8 M parameters beside its embeddings, from random weights, 2 M tokens of books read once
-    larger        AdamW and GaLore on one of four times that size, one seed
+    larger        AdamW, GaLore and SLTrain on one of four times that size, one seed
     fine-tuning   stories260k → TinyShakespeare: every weight by each optimiser, LoRA, and LoRA-Pro
 
 The loss is on the last part of each book; "other text" is wikitext2's test split. DIR holds gutenberg_books/,
@@ -37,6 +37,15 @@ PRETRAINED = {  # entry → its options, at a quarter of the width as GaLore's a
         "optim_args": "rank=48,update_proj_gap=50,proj=random,scale=1,scale_type=channel",
         "optim_target_modules": "self_attn,mlp",
     },
+    "lowrank": {"rank": 48},
+    "sltrain": {"rank": 48, "lora_alpha": 12},
+    "lost": {"rank": 48},
+    "relora": {"rank": 48, "lora_alpha": 48, "relora_steps": 98, "restart_warmup": 10},
+}
+LARGER = {
+    "full@hf:adamw_torch": {},
+    "full@galore": {"rank": 96, "update_proj_gap": 50},
+    "sltrain": {"rank": 96, "lora_alpha": 12},
 }
 BLOCKS = {"rank": 16, "update_proj_gap": 50, "activated_layers": 2, "sampling_interval": 10}  # of five
 TUNED = {
@@ -94,10 +103,7 @@ def prepared(study: str, source: Path, folder: Path) -> list[str]:
         other.mkdir(exist_ok=True)
         for name, split in (("valid", "train"), ("test", "test")):
             (other / f"{split}.txt").write_text(open_text(source / "wikitext2" / f"{name}.txt"), encoding="utf-8")
-        names = PRETRAINED if study == "pretraining" else ("full@hf:adamw_torch", "full@galore")
-        entries = {name: PRETRAINED[name] for name in names}
-        if study == "larger":
-            entries["full@galore"] = {"rank": 96, "update_proj_gap": 50}
+        entries = PRETRAINED if study == "pretraining" else LARGER
         options = ["--model", config(source, folder, study), "--budget", "steps=490", "--grid-steps", "122"]
         options += ["--batch-size", "16", "--max-length", "256", "--forget-data", str(other), "--references", "none"]
     for name, chosen in entries.items():
