@@ -47,6 +47,7 @@ from weft.pretrain.lost import LostConfig as LostConfig
 from weft.pretrain.lowrank import LowrankConfig as LowrankConfig
 from weft.pretrain.relora import ReloraConfig as ReloraConfig
 from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
+from weft.pretrain.sst import SstConfig as SstConfig
 from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards

@@ -15,8 +15,11 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of methods whose defaults are for larg
     "lowrank": {"rank": 3},
     "lost": {"rank": 3, "density": 0.25},
     "relora": {"rank": 3, "lora_alpha": 3.0, "relora_steps": 4, "restart_warmup": 2},
+    "sst": {"rank": 3, "iteration_steps": 2, "iterations": 2, "restart_warmup": 2},
 }
-DRAWN = ("relora", "sltrain")  # those that start at something random
+# of methods that change gradients by design: the options by which they do not (their own tests have the change)
+PLAIN: dict[str, dict[str, Any]] = {"sst": {"enhanced": False}}
+DRAWN = ("relora", "sltrain", "sst")  # those that start at something random
 METHODS = sorted(weft.cards("pretrain"))
 
 

@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "low_rank_plus_channels": {"rank": 3, "channels": 2, "gamma": 0.7},
     "dense_plus_low_rank": {"rank": 3},
     "spectral": {"rank": 3},
+    "spectral_plus_frozen": {"rank": 3},
     "factored_embedding": {"rank": 3, "mean": True},
     "low_rank_conv": {"rank": 3},
 }
@@ -37,6 +38,7 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "low_rank_plus_channels": lambda out, in_: {"rank": min(out, in_), "channels": 1, "gamma": 0.7},
     "dense_plus_low_rank": lambda out, in_: {"rank": min(out, in_)},
     "spectral": lambda out, in_: {"rank": min(out, in_)},
+    "spectral_plus_frozen": lambda out, in_: {"rank": min(out, in_)},
     "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
     "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},
 }
@@ -134,6 +136,7 @@ CASES = [
     ("llama", "low_rank_plus_scattered"),
     ("bert", "low_rank_plus_channels"),
     ("llama", "spectral"),
+    ("gpt2", "spectral_plus_frozen"),
     ("bert", "dense_plus_low_rank"),
     ("bert_words", "factored_embedding"),
     ("resnet", "low_rank_conv"),

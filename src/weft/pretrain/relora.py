@@ -40,6 +40,7 @@ from weft.algebra.random import generator
 from weft.errors import UsageError
 from weft.linear.dense_plus_low_rank import DensePlusLowRank
 from weft.pretrain._config import PretrainConfig
+from weft.pretrain._moments import moments_of
 from weft.registry import Card
 from weft.steps import Controller
 
@@ -137,24 +138,10 @@ class ReloraController(Controller):
         merging, share = self.merging(), self.config.reset_share
         super().finished(optimizer)
         if share and (merging or self.step == 1):  # what cannot be reset is told in the first step
-            if optimizer is None:
-                raise UsageError("relora resets moments of torch.optim.Optimizers alone: use one, or set reset_share=0")
             for p in self.factors():
-                moments = moments_of(optimizer, p)
+                moments = moments_of(optimizer, p, "relora", ", or set reset_share=0")
                 if merging:
                     prune(moments, share)
-
-
-def moments_of(optimizer: Optimizer, p: Tensor) -> list[Tensor]:
-    """What the optimiser holds for every entry of p. Raises UsageError where it holds anything else but numbers."""
-    held = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor) and v.dim() > 0}
-    for name, value in held.items():
-        if value.shape != p.shape or not value.is_floating_point():
-            raise UsageError(
-                f"relora cannot reset {name} of {type(optimizer).__name__}: use AdamW or another optimiser whose "
-                "moments have the parameter's shape, or set reset_share=0"
-            )
-    return list(held.values())
 
 
 @torch.no_grad()
