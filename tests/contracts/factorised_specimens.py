@@ -15,6 +15,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of methods whose defaults are for larg
     "lowrank": {"rank": 3},
     "lost": {"rank": 3, "density": 0.25},
     "relora": {"rank": 3, "lora_alpha": 3.0, "relora_steps": 4, "restart_warmup": 2},
+    "maestro": {"gp_lambda": 1e-4, "importance_threshold": 0.02, "shrink_steps": 3},
 }
 DRAWN = ("relora", "sltrain")  # those that start at something random
 METHODS = sorted(weft.cards("pretrain"))
