@@ -516,6 +516,8 @@ def test_what_cannot_be_cut_is_refused() -> None:
         truncate(model, 2, lambda of: 0.0)
     with pytest.raises(UsageError, match="runs none"):
         truncate(model, 0.5, lambda of: 0.0)
+    with pytest.raises(weft.WeftError, match="the whole model is not finite"):
+        truncate(model, 0.5, lambda of: float(of(randn(2, 7)).sum()) * float("nan"))
     assert [layer.rank for layer in layers(model).values()] == [6, 5]
 
 

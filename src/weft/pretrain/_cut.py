@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from weft.errors import UsageError
+from weft.errors import UsageError, WeftError
 from weft.linear._structured import bare, bare_linear
 from weft.linear._transformers import attach_format, stock_places
 from weft.linear.low_rank import LowRank
@@ -120,7 +120,8 @@ def truncate(
 
     Each cut saves as much, or all that the layer has, in the layer whose cut leaves the least loss. Returns the models
     from the whole one to the smallest, each nested in the one before; `shrink(model, cuts[-1].widths)` makes one. The
-    model's factors are as they were in the end. Raises UsageError where the budget cannot be met.
+    model's factors are as they were in the end. Raises UsageError where the budget cannot be met, and WeftError where
+    the whole model has no finite loss.
     """
     if not 0 <= budget <= 1 or not 0 < step <= 1:
         raise UsageError(f"budget={budget!r} and step={step!r} must be shares, 0 to 1, and step not 0")
@@ -134,6 +135,8 @@ def truncate(
         widths = {name: len(kept) for name, kept in trial.kept.items()}
         with trial.counting():
             first = loss()
+        if first == math.inf:
+            raise WeftError("the loss of the whole model is not finite: there is nothing to compare cuts by")
         cuts = [Cut(trial.macs(widths), first, widths)]
         while cuts[-1].macs > budget:
             saving = min(step, cuts[-1].macs - budget)

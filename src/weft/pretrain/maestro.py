@@ -66,9 +66,11 @@ CARD = Card(
     recipe={"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
     pretraining=True,
     limitations="It trains more numbers than the dense model until it shrinks, and how far that goes hangs on λ, which "
-    "must be searched. The paper trains by SGD (rate 0.1, momentum 0.9, decay 1e-4); the recipe is plain low rank's. "
-    "AdamW scales the lasso's gradient, so that components come under a small threshold only as the rate decays.",
+    "must be searched. The paper trains by SGD (rate 0.1, LeNet's 0.01, momentum 0.9, decay 1e-4); the recipe is plain "
+    "low rank's, unconfirmed. AdamW scales the lasso's gradient, so that components come under a small threshold only "
+    "as the rate decays.",
 )
+
 
 @dataclass
 class MaestroConfig(PretrainConfig):
