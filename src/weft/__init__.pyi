@@ -45,6 +45,7 @@ from weft.optim.sara import SaraConfig as SaraConfig
 from weft.pretrain._engine import reparametrise as reparametrise
 from weft.pretrain.lost import LostConfig as LostConfig
 from weft.pretrain.lowrank import LowrankConfig as LowrankConfig
+from weft.pretrain.maestro import MaestroConfig as MaestroConfig
 from weft.pretrain.relora import ReloraConfig as ReloraConfig
 from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
 from weft.pretrain.sst import SstConfig as SstConfig

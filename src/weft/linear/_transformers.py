@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,8 @@ def attach_format(model: Any) -> Any:
         model.hf_quantizer = WeftQuantizer(WeftFormat(_describe(model)))
         model.config.quantization_config = model.hf_quantizer.quantization_config
         model.config._is_quantized = True  # by which some models keep their hands off weights; set after loading too
+    elif other is not None:
+        other.remove_quantization_config(model)
     return model
 
 
@@ -212,6 +214,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise
 
 
+def stock_places(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The layers that a transformers model has by those names before any is replaced, without values."""
+    with torch.device("meta"):
+        stock = type(model)(copy.deepcopy(model.config))
+    return {name: stock.get_submodule(name) for name in names}
+
+
 @torch.no_grad()
 def to_dense(model: Any) -> Any:
     """Put the stock layer with the same values in place of every structured one; returns the model, now a stock one.
@@ -219,9 +228,7 @@ def to_dense(model: Any) -> Any:
     Raises UsageError, the model being as it was, where a layer is no linear map or has a bias that the stock one lacks.
     """
     layers = structured_layers(model)
-    with torch.device("meta"):
-        stock = type(model)(copy.deepcopy(model.config))
-    places = {name: stock.get_submodule(name) for name in layers}
+    places = stock_places(model, layers)
     for name, layer in layers.items():
         try:
             layer.check_dense(places[name])

@@ -14,6 +14,7 @@ class PretrainConfig(MethodConfig):
     """Fields that all factorised parametrisations share. A method adds its own, each with `metadata={"help": ...}`."""
 
     common: ClassVar[bool] = True
+    convolutions: ClassVar[bool] = False  # whether the method serves Conv2d too
 
     target_modules: list[str] | str | None = field(
         default=None,
@@ -29,3 +30,7 @@ class PretrainConfig(MethodConfig):
         rank = getattr(self, "rank", 1)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise UsageError(f"rank={rank!r} must be a whole number of at least 1")
+
+    def choose(self, names: list[str]) -> list[str]:
+        """Which of the matching layers, in the model's order, are factorised."""
+        return names

@@ -3,7 +3,8 @@
 A method file defines two functions: `spec(config, out, in_)`, what config.json will say of a layer of that size, and
 `start(config, layer, weight, source)`, which gives the layer its first values, from a weight or from a generator. What
 acts in time is a `weft.steps.Controller` that the file may define besides: `relora` → `ReloraController`. Its parts are
-the layers that were made.
+the layers that were made. A config whose `convolutions` is true has Conv2d served as well; `spec` is then given their
+kernel's size besides, with in·kh·kw as the width.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 def reparametrise(model: nn.Module, method: str, **options: Any) -> nn.Module:
-    """Put trainable factorised layers in place of a model's linear layers; the model, which is changed in place.
+    """Put trainable factorised layers in place of a model's layers; the model, which is changed in place.
 
     Args:
         model: any torch module. A transformers model is then saved and loaded as usual, with weft imported.
@@ -68,32 +69,47 @@ def reparametrise(model: nn.Module, method: str, **options: Any) -> nn.Module:
 def targets(model: nn.Module, config: PretrainConfig) -> dict[str, Any]:
     """The layers to factorise, by name: linear ones inside of the model's blocks, or of a model without blocks.
 
+    Where the method serves convolutions: those, wherever they are, and all linear layers of a model that has some in
+    its blocks. One of several groups stays as it is, unless `target_modules` names it; `reparametrise` refuses it then.
+
     Raises UsageError, with a list of what there is, where nothing matches.
     """
     inside = blocks(model)
+    anywhere = not inside or (config.convolutions and any(map(_convolutional, inside.values())))
     chosen = selection(config.target_modules, None)
     found, there = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, Structured):
             raise UsageError(f"{name} is of kind {module.kind} already")
-        if not isinstance(module, nn.Linear | Conv1D) or not any(name.startswith(f"{block}.") for block in inside):
+        if isinstance(module, nn.Conv2d):
+            served = config.convolutions and (module.groups == 1 or config.target_modules is not None)
+        else:
+            within = anywhere or any(name.startswith(f"{block}.") for block in inside)
+            served = isinstance(module, nn.Linear | Conv1D) and within
+        if not (served and name):
             continue
         there.add(name.rpartition(".")[2])
         if chosen(name):
             found[name] = module
+    found = {name: found[name] for name in config.choose(list(found))}
     if not found:
-        names = ", ".join(sorted(there)) or "no linear layers in blocks"
+        names = ", ".join(sorted(there)) or "none that it serves"
         raise UsageError(f"target_modules={config.target_modules!r} match nothing to factorise: there are {names}")
     return found
+
+
+def _convolutional(block: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in block.modules())
 
 
 def _made(maker: Any, config: PretrainConfig, name: str, layer: Any) -> Structured:
     """The factorised layer for the place of a dense one; without values where that one has none."""
     weight = layer.weight.detach().mT if isinstance(layer, Conv1D) else layer.weight.detach()
-    out, in_ = weight.shape
+    out, in_ = len(weight), weight[0].numel()
+    kernel = [layer.kernel_size] if isinstance(layer, nn.Conv2d) else []
     bias = getattr(layer, "bias", None)
-    spec = {**maker.spec(config, out, in_), "bias": bias is not None}
-    place = bare_linear(in_, out, bias is not None, weight.device, weight.dtype)
+    spec = {**maker.spec(config, out, in_, *kernel), "bias": bias is not None}
+    place = layer if kernel else bare_linear(in_, out, bias is not None, weight.device, weight.dtype)
     made = empty(spec, place).train(layer.training)
     if not weight.is_meta:
         with torch.no_grad():
