@@ -41,6 +41,7 @@ PRETRAINED = {  # entry → its options, at a quarter of the width as GaLore's a
     "sltrain": {"rank": 48, "lora_alpha": 12},
     "lost": {"rank": 48},
     "relora": {"rank": 48, "lora_alpha": 48, "relora_steps": 98, "restart_warmup": 10},
+    "sst": {"rank": 48, "iteration_steps": 30, "restart_warmup": 5},
 }
 LARGER = {
     "full@hf:adamw_torch": {},
