@@ -97,7 +97,8 @@ def prepared(study: str, source: Path, folder: Path) -> list[str]:
     """Write a study's data; the options of its comparison."""
     if study == "fine-tuning":
         entries = TUNED
-        options = [*shakespeare(source, folder), "--budget", "steps=150", "--grid-steps", "50", "--forget-data", "none"]
+        options = [*shakespeare(source, folder), "--budget", "steps=150", "--grid-steps", "50"]
+        options += ["--grid-extend", "6", "--forget-data", "none"]  # rates are for models that are far larger
     else:
         books(source, folder)
         other = folder.parent / "wikitext2"
