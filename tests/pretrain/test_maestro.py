@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import shutil
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from resuming import cut
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
@@ -341,20 +341,7 @@ def test_resumed_is_uninterrupted(at: int, sampler: str) -> None:
         args = transformers.TrainingArguments(output_dir="unused", report_to="none", use_cpu=True, learning_rate=LR)
         return model, weft.optimizer_and_scheduler(model, args)[0]
 
-    model, optimizer = build()
-    file = io.BytesIO()
-    for step in range(11):
-        if step == at:
-            torch.save([model.state_dict(), optimizer.state_dict()], file)
-        take(model, optimizer, step)
-    again, other = build()
-    file.seek(0)
-    tensors, state = torch.load(file, weights_only=True)
-    again.load_state_dict(tensors)
-    other.load_state_dict(state)
-    for step in range(at, 11):
-        take(again, other, step)
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    (model, _), (again, _) = cut(build, take, 11, at)
     mine, its = controller(model), controller(again)
     assert mine.widths == its.widths != [6, 5] and (mine.since, mine.step) == (its.since, its.step)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import shutil
 from typing import Any
 
 import pytest
 import torch
+from resuming import cut
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -176,20 +176,7 @@ def test_resumed_is_uninterrupted_at_every_phase(at: int) -> None:
         args = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True, learning_rate=LR, max_steps=12)
         return model, weft.optimizer_and_scheduler(model, args)[0]
 
-    model, optimizer = build()
-    file = io.BytesIO()
-    for step in range(10):
-        if step == at:
-            torch.save([model.state_dict(), optimizer.state_dict()], file)
-        take(model, optimizer, step)
-    again, other = build()
-    file.seek(0)
-    tensors, state = torch.load(file, weights_only=True)
-    again.load_state_dict(tensors)
-    other.load_state_dict(state)
-    for step in range(at, 10):
-        take(again, other, step)
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    (_, optimizer), (_, other) = cut(build, take, 10, at)
     for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert all(torch.equal(one[k], two[k]) for k in one)
 

@@ -42,6 +42,16 @@ def own(name: str, kind: Any, help_text: str, *flags: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
 
 
+def resume() -> inspect.Parameter:
+    """The flag of verbs that train, which says what becomes of an unfinished run."""
+    return own(
+        "resume",
+        bool | None,
+        "Go on from the newest complete checkpoint, or start over; by default the same unfinished run goes on.",
+        "--resume/--no-resume",
+    )
+
+
 def _shown(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
     return text.replace("[", "\\[")

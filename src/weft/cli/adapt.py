@@ -31,12 +31,7 @@ def build(argv: list[str]) -> Callable[..., None]:
     parameters = [
         _flags.own("config", str | None, "YAML run file; flags override it.", "--config"),
         _flags.own("dry_run", bool | None, "Show modules, parameters and memory; load no weights.", "--dry-run"),
-        _flags.own(
-            "resume",
-            bool | None,
-            "Go on from the newest complete checkpoint, or start over; by default the same unfinished run goes on.",
-            "--resume/--no-resume",
-        ),
+        _flags.resume(),
     ]
     common = _adapt.run_options()
     parameters += [_flags.parameter(option, panel(option)) for option in common]

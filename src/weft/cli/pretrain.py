@@ -44,12 +44,7 @@ def build(argv: list[str]) -> Callable[..., None]:
     parameters = [
         _flags.own("run_file", str | None, "YAML run file of an earlier run; flags override it.", "--run-file"),
         _flags.own("dry_run", bool | None, "Show modules, parameters and memory; train nothing.", "--dry-run"),
-        _flags.own(
-            "resume",
-            bool | None,
-            "Go on from the newest complete checkpoint, or start over; by default the same unfinished run goes on.",
-            "--resume/--no-resume",
-        ),
+        _flags.resume(),
     ]
     parameters += [_flags.parameter(option, "What") for option in (*_MODEL, _METHOD)]
     parameters += [

@@ -205,6 +205,20 @@ def bare(stock: type[M], *sizes: Any, device: torch.device | str | None = None, 
     return skip_init(stock, *sizes, device=device or "cpu", **options)
 
 
+def plain(*factors: nn.Module) -> bool:
+    """Whether these are linear layers that multiply by their weights: one that is quantised, or has an adapter of its
+    own, alone knows how to multiply."""
+    return all(type(each) is nn.Linear and type(each.weight) is nn.Parameter for each in factors)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply x: autocast's, where that is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # meta knows of none
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def stored_bits(layer: nn.Module, *, bias: bool = False) -> int:
     """Bits of a layer's tensors in a checkpoint, dense or structured: values, indices, masks and scales as stored.
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
 from weft.linear._codes import smallest_int
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank
+from weft.linear._structured import StructuredLinear, bare_linear, check_rank, computed_in, plain
 
 aten = torch.ops.aten
 # σ, and what comes of a gradient g of σ(h)
@@ -134,13 +134,10 @@ class LowRankPlusChannels(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.down, self.up, self.columns)
-        if any(type(part) is not nn.Linear or type(part.weight) is not nn.Parameter for part in parts):
-            # one is quantised, or has an adapter of its own: only it knows how to multiply
+        if not plain(*parts):
             y = self.up(self.gamma * ACTIVATIONS[self.activation][0](self.down(x)))
             return y + (1 - self.gamma) * self.columns(x.index_select(-1, self.index.long()))
-        device, dtype = x.device.type, x.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # meta knows of none
-            dtype = torch.get_autocast_dtype(device)
+        dtype = computed_in(x)
         flat = x.to(dtype).reshape(-1, self.in_features)
         weights = [None if t is None else t.to(dtype) for t in (*(part.weight for part in parts), self.bias)]
         y = _Mix.apply(flat, *weights, self.index, self.gamma, self.activation)

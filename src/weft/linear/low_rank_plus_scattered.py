@@ -26,7 +26,7 @@ from weft.algebra.random import generator
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError, WeftError
 from weft.linear._codes import as_bits, smallest_int, stored
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank
+from weft.linear._structured import StructuredLinear, bare_linear, check_rank, computed_in, plain
 
 TILE = 2**20  # entries of W that are written out at a time
 FEW = 16  # rows of x up to which the factors are faster
@@ -143,14 +143,10 @@ class LowRankPlusScattered(StructuredLinear):
         return max(1, TILE // self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        device, dtype = x.device.type, x.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # meta knows of none
-            dtype = torch.get_autocast_dtype(device)
-        # a factor that is quantised, or has an adapter of its own, alone knows how to multiply
-        plain = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (self.down, self.up))
-        up: Tensor = self.up.weight * self.c if plain else x.new_empty(self.out_features, 0)
-        down: Tensor = self.down.weight if plain else x.new_empty(0, self.in_features)
-        bias: Tensor | None = self.bias if plain else None
+        dtype, own = computed_in(x), plain(self.down, self.up)
+        up: Tensor = self.up.weight * self.c if own else x.new_empty(self.out_features, 0)
+        down: Tensor = self.down.weight if own else x.new_empty(0, self.in_features)
+        bias: Tensor | None = self.bias if own else None
         flat, values = x.to(dtype).reshape(-1, self.in_features), self.values.to(dtype)
         up, down, bias = up.to(dtype), down.to(dtype), None if bias is None else bias.to(dtype)
         if len(flat) <= FEW and not torch.is_grad_enabled():
@@ -158,7 +154,7 @@ class LowRankPlusScattered(StructuredLinear):
         else:
             y = _Product.apply(flat, up, down, values, bias, self.places, self._ends, self._tile)
         y = y.view(*x.shape[:-1], self.out_features)
-        return y if plain else y + self.up(self.c * self.down(x))
+        return y if own else y + self.up(self.c * self.down(x))
 
     def _by_factors(self, x: Tensor, up: Tensor, down: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         y = linear(linear(x, down), up, bias)

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, normalize
 
 from weft.algebra.svd import svd_top
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank
+from weft.linear._structured import StructuredLinear, bare_linear, check_rank, plain
 
 
 class SpectralPlusFrozen(StructuredLinear):
@@ -129,13 +129,12 @@ class SpectralPlusFrozen(StructuredLinear):
         return {"rank": self.rank, "enhanced": self.enhanced}
 
     def forward(self, x: Tensor) -> Tensor:
-        # a factor that is quantised, or has an adapter of its own, alone knows how to multiply
-        plain = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (self.down, self.up))
+        own = plain(self.down, self.up)
         z = linear(x, self.frozen_down)
         values = self.values[self.order].to(z.dtype)
         active, rest = values.split([self.rank, len(values) - self.rank])
-        y = linear(z * rest, self.frozen_up, self.up.bias.to(z.dtype) if plain and self.up.bias is not None else None)
-        if not plain:
+        y = linear(z * rest, self.frozen_up, self.up.bias.to(z.dtype) if own and self.up.bias is not None else None)
+        if not own:
             return y + self.up(self.down(x) * active)
         down, up = self.down.weight.to(z.dtype), self.up.weight.to(z.dtype)
         flat = x.to(z.dtype).reshape(-1, self.in_features)

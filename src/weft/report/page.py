@@ -114,7 +114,7 @@ def _row(line: Line, study: Study) -> dict[str, Any]:
         "step": quantities.duration(line.step_seconds),
         "file": quantities.size(line.file_bytes),
         "state_bytes": quantities.size(line.optimizer_bytes),
-        "forgotten": quantities.number(line.elsewhere) if study.from_scratch else quantities.change(line.forgotten, 3),
+        "forgotten": study.other_text(line),
         "rate": quantities.number(line.learning_rate, 3),
         "recipe": _recipe(line),
         "state": None if line.mean is not None else line.state,

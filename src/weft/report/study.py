@@ -13,7 +13,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from weft.errors import UsageError, WeftError
+from weft.report import quantities
 from weft.report.quantities import finite, listing, plural, spread
+from weft.run.models import from_scratch
 from weft.run.ranking import REFERENCES, Ranking, rank_rows
 
 Row = dict[str, Any]
@@ -164,7 +166,11 @@ class Study:
     @property
     def from_scratch(self) -> bool:
         """Whether training began at random weights, which have nothing to forget."""
-        return str(self.head.get("model")).startswith("config:")
+        return from_scratch(str(self.head.get("model")))
+
+    def other_text(self, line: Line) -> str:
+        """A line on the forgetting text: how its loss changed, or the loss where there was nothing to forget."""
+        return quantities.number(line.elsewhere) if self.from_scratch else quantities.change(line.forgotten, 3)
 
     @property
     def stepped(self) -> bool:

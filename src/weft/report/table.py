@@ -53,8 +53,7 @@ def terminal_table(results: Path) -> Table:
         table.add_column("elsewhere" if study.from_scratch else "forgot", justify="right", no_wrap=True)
     for group in (study.lines, study.references):
         for line in group:
-            changed = quantities.number(line.elsewhere) if study.from_scratch else quantities.change(line.forgotten, 3)
-            cells = _cells(line, study, generation, knobs) + ([changed] if forgetting else [])
+            cells = _cells(line, study, generation, knobs) + ([study.other_text(line)] if forgetting else [])
             table.add_row(*map(escape, cells), style="dim" if line.collapsed else None)
         table.add_section()
     return table

@@ -17,6 +17,7 @@ import jinja2
 from weft.report import quantities
 from weft.report.library import library
 from weft.report.quantities import NOTHING, finite
+from weft.run.models import from_scratch
 from weft.run.ranking import DRAWS, LEVEL
 
 
@@ -78,7 +79,7 @@ def short(spec: Any) -> str:
     if isinstance(spec, list):
         return quantities.listing([short(each) for each in spec]) or NOTHING
     text = str(spec or NOTHING).rstrip("/")
-    text = text.partition("?")[0] if text.startswith("config:") else text  # the facts have its fields
+    text = text.partition("?")[0] if from_scratch(text) else text  # the facts have its fields
     return text.rsplit("/", 1)[-1] if text.startswith(("/", "./", "../", "~")) else text
 
 

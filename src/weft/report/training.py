@@ -20,6 +20,7 @@ from weft.report.template import page, plain, short, write
 from weft.run.adapt import RESULT_FILE, RUN_FILE
 from weft.run.compare import commit, hardware, versions
 from weft.run.loop import METRICS
+from weft.run.models import from_scratch
 
 _DRAWN = ("loss", "learning_rate", "tokens_per_second")  # columns of metrics.jsonl
 
@@ -45,7 +46,7 @@ def html(folder: Path, out: Path, command: str) -> None:
         "training.html.j2",
         "training.js",
         {"figures": {key: _lines(rows, key) for key in _DRAWN}},
-        verb="pretrain" if str(run["model"]).startswith("config:") else "adapt",
+        verb="pretrain" if from_scratch(str(run["model"])) else "adapt",
         title=f"{_method(run)} on {short(run['data'])}",
         verdict=_verdict(run, result, rows, accuracy),
         facts=_facts(run, result, rows),
