@@ -18,3 +18,9 @@ def test_the_start_is_the_nearest_of_its_rank_shared_evenly():
     torch.testing.assert_close(norms[0], s[:4].sqrt())
     torch.testing.assert_close(norms[1], s[:4].sqrt())
     assert sum(p.numel() for p in layer.parameters()) == 4 * (9 + 7) + 7
+
+
+def test_layers_right_inside_of_a_sequence_are_served():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    weft.reparametrise(model, "lowrank", rank=2)
+    assert [type(m).__name__ for m in model] == ["LowRank", "ReLU", "LowRank"]

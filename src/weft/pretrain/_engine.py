@@ -84,7 +84,7 @@ def targets(model: nn.Module, config: PretrainConfig) -> dict[str, Any]:
         if isinstance(module, nn.Conv2d):
             served = config.convolutions and (module.groups == 1 or config.target_modules is not None)
         else:
-            within = anywhere or any(name.startswith(f"{block}.") for block in inside)
+            within = anywhere or any(f"{name}.".startswith(f"{block}.") for block in inside)
             served = isinstance(module, nn.Linear | Conv1D) and within
         if not (served and name):
             continue

@@ -1,0 +1,292 @@
+"""Accuracy against multiplications of one trained model, cut again and again: Maestro's beside the dense model's SVD.
+
+    python benchmarks/maestro.py --data-dir DIR     → benchmarks/results/maestro/runs.jsonl, docs/assets/maestro.svg
+    python benchmarks/maestro.py --draw             tables and picture, from the file (`pip install weft[plots]`)
+
+    digits   a perceptron of 784-256-256-10 from random weights; DIR/mnist_subset: 9,000 images train, 1,000 choose
+    cifar    ResNet-20, trained already, for ten more epochs; DIR/cifar10_subset: 1,750 images train, 250 choose
+
+Either model is trained dense, or as Maestro, by SGD for the same steps on the same batches. A dense one is then written
+as factors by SVD. Both are cut by `truncate`, which looks at the loss on the images that choose, and no step is taken
+after it; batch norms are computed anew. Learning rates, and Maestro's λ, come from grids of three at a quarter of the
+steps, by the mean loss of cuts a fifth apart on the images that choose; a best at the edge is extended. Three seeds;
+the test images are classified once. Killed, it goes on after the last run that was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from claims.ledger import interval
+from compress_convolutions import DEPTH, ResNet, images, right
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import weft
+from weft.pretrain.maestro import recalibrate, shrink, truncate
+
+ROWS = Path(__file__).parent / "results" / "maestro" / "runs.jsonl"
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "maestro.svg"
+LAMBDAS = (1e-5, 1e-4, 1e-3)
+EXTENDED = 3  # times that a grid is, at most, at each of its edges
+SEEDS = range(3)
+BATCH = 125
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train, and images with their classes that train it, choose its settings, and judge it."""
+
+    make: Callable[[], nn.Module]
+    train: tuple[Tensor, Tensor]
+    choose: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    epochs: int
+    rates: tuple[float, ...]
+    shares: tuple[float, ...]  # of the multiplications of the dense layers, descending
+    step: float  # share that one cut saves
+    augment: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * (len(self.train[0]) // BATCH)
+
+
+def digits(folder: Path) -> Task:
+    data = np.load(next((folder / "mnist_subset").glob("*.npz")))
+    x, y, last, answers = (torch.from_numpy(data[name]) for name in ("x_train", "y_train", "x_test", "y_test"))
+    x, last = ((images.flatten(1) / 255 - 0.13) / 0.31 for images in (x, last))
+
+    def make() -> nn.Module:
+        layers = (nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+        return nn.Sequential(*layers)
+
+    parts = (x[:9000], y[:9000].long()), (x[9000:], y[9000:].long()), (last, answers.long())
+    shares = (1.0, 0.5, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03)
+    return Task(make, *parts, epochs=15, rates=(0.01, 0.03, 0.1), shares=shares, step=0.01)
+
+
+def cifar(folder: Path) -> Task:
+    data = np.load(folder / "cifar10_subset" / "cifar10_lossless_2k_1k.npz")
+    x, y = images(data["x_train"]), torch.from_numpy(data["y_train"]).long()
+    test = images(data["x_test"]), torch.from_numpy(data["y_test"]).long()
+    weights = load_file(folder / "models" / "resnet_cifar10" / "resnet20.safetensors")
+
+    def make() -> nn.Module:
+        model = ResNet(DEPTH["resnet20"])
+        model.load_state_dict(weights, strict=False)  # counters of the batch norms are left out
+        return model
+
+    parts = (x[:1750], y[:1750]), (x[1750:], y[1750:]), test
+    shares = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+    return Task(make, *parts, epochs=10, rates=(1e-3, 3e-3, 1e-2), shares=shares, step=0.05, augment=True)
+
+
+TASKS = {"digits": digits, "cifar": cifar}
+
+
+def batches(task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless, the same for every method: each epoch shuffled; pictures flipped and shifted by up to four pixels."""
+    source = torch.Generator().manual_seed(seed)
+    x, y = task.train
+    while True:
+        for places in torch.randperm(len(x), generator=source).split(BATCH)[: len(x) // BATCH]:
+            batch = x[places]
+            if task.augment:
+                flipped = torch.rand(len(batch), generator=source) < 0.5
+                batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
+                top, left = torch.randint(9, (2,), generator=source).tolist()
+                batch = pad(batch, (4, 4, 4, 4))[..., top : top + 32, left : left + 32]
+            yield batch, y[places]
+
+
+def trained(task: Task, method: str, seed: int, rate: float, gp_lambda: float, steps: int) -> nn.Module:
+    """A model with factors in order, ready to be cut: trained so, or written so after it was trained dense."""
+    torch.manual_seed(seed)
+    model = task.make()
+    if method == "maestro":
+        options = {"gp_lambda": gp_lambda, "shrink_steps": task.steps // task.epochs, "seed": seed}
+        weft.reparametrise(model, "maestro", **options)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for x, y in itertools.islice(batches(task, seed), steps):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return model if method == "maestro" else weft.reparametrise(model, "maestro")
+
+
+@torch.no_grad()
+def judged(task: Task, model: nn.Module) -> float:
+    """The loss on the images that choose; the batch norms, if any, computed anew of some that train."""
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        recalibrate(model, task.train[0][:500].split(250))
+    x, y = task.choose
+    return float(cross_entropy(model(x), y))
+
+
+def tried(task: Task, **how: Any) -> dict[str, Any]:
+    """A setting of the grid, by the mean loss of cuts a fifth apart; none where training diverged."""
+    model = trained(task, **how, steps=task.steps // 4)
+    try:
+        cuts = truncate(model, task.shares[-1], lambda of: judged(task, of), step=0.2)
+    except weft.WeftError:
+        return {"loss": None}
+    return {"loss": float(np.mean([cut.loss for cut in cuts]))}
+
+
+def finished(task: Task, **how: Any) -> dict[str, Any]:
+    """A whole run: at each share the width of every layer, and which test images are classified right."""
+    model = trained(task, **how, steps=task.steps)
+    cuts = truncate(model, task.shares[-1], lambda of: judged(task, of), step=task.step)
+    left = cuts[0].macs  # of a Maestro that has shrunk while it was trained
+    found = {}
+    for share in task.shares:
+        cut = next(cut for cut in cuts if cut.macs <= share + 1e-9)
+        small = shrink(copy.deepcopy(model), cut.widths)
+        judged(task, small.eval())
+        bits = np.packbits(right(small, *task.test).astype(bool))
+        found[str(share)] = {"macs": cut.macs, "right": bits.tobytes().hex(), "widths": cut.widths}
+    return {"left": left, "cuts": found}
+
+
+# --- the whole study ------------------------------------------------------------------------------------------------
+
+
+def rows() -> list[dict[str, Any]]:
+    """Those written whole."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines(keepends=True) if ROWS.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def once(run: Callable[..., dict[str, Any]], name: str, make: Callable[[], Task], **how: Any) -> dict[str, Any]:
+    """The row of one run, from the file if it is there."""
+    asked = {"phase": run.__name__, "task": name, **how}
+    for row in rows():
+        if all(row.get(key) == value for key, value in asked.items()):
+            return row
+    row = {**asked, **run(make(), **how)}
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    whole = "".join(json.dumps(known) + "\n" for known in [*rows(), row])
+    draft = ROWS.with_suffix(".part")
+    draft.write_text(whole, encoding="utf-8")
+    draft.replace(ROWS)
+    print(", ".join(f"{key}={value}" for key, value in row.items() if key != "cuts"), file=sys.stderr, flush=True)
+    return row
+
+
+def chosen(name: str, make: Callable[[], Task], method: str) -> tuple[float, float]:
+    """The learning rate and λ of a method: the best of the grid, which goes on where the best is at its edge."""
+    rates, lambdas = list(make().rates), list(LAMBDAS) if method == "maestro" else [0.0]
+    for _ in range(2 * EXTENDED):
+        losses = {}
+        for rate, gp_lambda in itertools.product(rates, lambdas):
+            row = once(tried, name, make, method=method, seed=0, rate=rate, gp_lambda=gp_lambda)
+            losses[rate, gp_lambda] = math.inf if row["loss"] is None else row["loss"]
+        best = min(losses, key=lambda at: losses[at])
+        wider = [extended(rates, best[0], 3), extended(lambdas, best[1], 10)]
+        if wider == [rates, lambdas]:
+            break
+        rates, lambdas = wider
+    return best
+
+
+def extended(grid: list[float], best: float, factor: int) -> list[float]:
+    """The grid, with one more value beyond the edge at which the best one is."""
+    if len(grid) == 1 or best not in (min(grid), max(grid)):
+        return grid
+    return sorted([*grid, float(f"{best / factor if best == min(grid) else best * factor:.3g}")])
+
+
+def marks(row: dict[str, Any], share: str, count: int) -> np.ndarray:
+    packed = np.frombuffer(bytes.fromhex(row["cuts"][share]["right"]), np.uint8)
+    return np.unpackbits(packed)[:count].astype(float)
+
+
+def table() -> dict[str, dict[str, dict[float, float]]]:
+    """Print what the whole runs found; the accuracies by task and method."""
+    curves: dict[str, dict[str, dict[float, float]]] = {}
+    for name, count in (("digits", 2000), ("cifar", 1000)):
+        runs = [row for row in rows() if row["phase"] == "finished" and row["task"] == name]
+        by = {how: [row for row in runs if row["method"] == how] for how in ("dense", "maestro")}
+        if not all(len(found) == len(SEEDS) for found in by.values()):
+            continue
+        left = ", ".join(f"{row['left']:.2f}" for row in by["maestro"])
+        settings = "; ".join(f"{how} at rate {by[how][0]['rate']:g}" for how in by)
+        print(f"\n{name}: {settings}, λ {by['maestro'][0]['gp_lambda']:g}; trained, Maestro is left with {left}\n")
+        print("| multiplications | dense, then SVD | Maestro | Maestro − SVD | |\n| --- | --- | --- | --- | --- |")
+        curves[name] = {how: {} for how in by}
+        for share in runs[0]["cuts"]:
+            each = {how: np.mean([marks(row, share, count) for row in found], 0) for how, found in by.items()}
+            for how, values in each.items():
+                curves[name][how][float(share)] = float(values.mean())
+            low, high = interval(each["maestro"] - each["dense"])
+            word = "Maestro" if low > 0 else "SVD" if high < 0 else "tie"
+            shown = [f"{value.mean():.1%}" for value in each.values()]
+            apart = f"{(each['maestro'] - each['dense']).mean():+.1%} ({low:+.1%} to {high:+.1%})".replace("-", "−")
+            print(f"| {share} | {shown[0]} | {shown[1]} | {apart} | {word} |")
+    return curves
+
+
+def draw(curves: dict[str, dict[str, dict[float, float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "weft", "font.family": "sans-serif", "font.size": 9}
+    from matplotlib import pyplot as plt
+
+    figure, cells = plt.subplots(1, len(curves), figsize=(7.2, 3), squeeze=False)
+    names = {"dense": "trained dense, then SVD", "maestro": "Maestro"}
+    for cell, (name, lines) in zip(cells[0], curves.items()):
+        for (how, values), colour, mark in zip(lines.items(), ("#8a8a8a", "#1f5f8b"), "so"):
+            cell.plot([*values], [100 * v for v in values.values()], marker=mark, ms=4, color=colour, label=names[how])
+        cell.set(title=name, xlabel="multiplications, of the dense layers'", xscale="log")
+        cell.spines[["top", "right"]].set_visible(False)
+        cell.grid(alpha=0.25)
+    cells[0][0].set_ylabel("test accuracy, %")
+    cells[0][0].legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--task", choices=TASKS, help="one of the two alone")
+    parser.add_argument("--draw", action="store_true")
+    args = parser.parse_args()
+    if args.data_dir is None and not args.draw:
+        parser.error("--data-dir says where the images are")
+    for name in [args.task] if args.task else TASKS if not args.draw else ():
+        kept: list[Task] = []
+
+        def make(name: str = name, kept: list[Task] = kept) -> Task:
+            kept[:] = kept or [TASKS[name](args.data_dir)]
+            return kept[0]
+
+        for method in ("dense", "maestro"):
+            rate, gp_lambda = chosen(name, make, method)
+            for seed in SEEDS:
+                once(finished, name, make, method=method, seed=seed, rate=rate, gp_lambda=gp_lambda)
+    curves = table()
+    if args.draw:
+        draw(curves)
+
+
+if __name__ == "__main__":
+    main()
