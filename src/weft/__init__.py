@@ -31,6 +31,7 @@ _LAZY = {
     "compress": "weft.compress._engine",
     "reparametrise": "weft.pretrain._engine",
     "to_dense": "weft.linear._transformers",
+    "to_linears": "weft.linear._transformers",
 }
 _EAGER = ("Card", "UsageError", "WeftError", "card", "cards", "config_class")
 

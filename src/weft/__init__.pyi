@@ -37,6 +37,7 @@ from weft.compress.welore import WeloreConfig as WeloreConfig
 from weft.errors import UsageError as UsageError
 from weft.errors import WeftError as WeftError
 from weft.linear._transformers import to_dense as to_dense
+from weft.linear._transformers import to_linears as to_linears
 from weft.optim.dct_projection import DctProjectionConfig as DctProjectionConfig
 from weft.optim.galore import GaloreConfig as GaloreConfig
 from weft.optim.lora_pro import LoraProConfig as LoraProConfig

@@ -20,9 +20,10 @@ from torch import nn
 
 import weft
 from weft.linear._structured import StructuredLinear, stored_bits
-from weft.linear._transformers import attach_format, save_compressed, to_dense, whole_folder
+from weft.linear._transformers import attach_format, save_compressed, to_dense, to_linears, whole_folder
 from weft.linear.factored_embedding import FactoredEmbedding
 from weft.linear.low_rank import LowRank
+from weft.linear.low_rank_conv import LowRankConv
 
 WORKER = Path(__file__).with_name("reload_worker.py")
 
@@ -418,6 +419,41 @@ def test_dense_export_is_the_stock_model(saved, case, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(logits(load(tmp_path, name)), logits(dense))
     assert torch.equal(logits(load(saved[case], name).dequantize()), logits(dense)), "transformers' own word for it"
+
+
+@more
+def test_stock_layers_in_a_row_are_the_same_model(saved, case, tmp_path):
+    name, kind = case
+    model = load(saved[case], name)
+    before, layers = logits(model), structured(model)
+    if not all(layer.linear for layer in layers.values()):
+        with pytest.raises(weft.UsageError, match="no linear map"):
+            to_linears(model)
+        return
+    size = sum(p.numel() for p in model.parameters())
+    assert to_linears(model) is model and not structured(model)
+    assert (logits(model) - before).norm() <= 1e-5 * before.norm()
+    row = any(isinstance(model.get_submodule(name), nn.Sequential) for name in layers)
+    assert row == (kind in ("low_rank", "low_rank_conv", "spectral", "factored_embedding"))
+    if row:
+        assert sum(p.numel() for p in model.parameters()) <= size
+        with pytest.raises(weft.UsageError, match="layers in a row: save a state_dict"):
+            model.save_pretrained(tmp_path)
+
+
+def test_a_plain_module_has_both_forms():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect")
+    flat = nn.Linear(9, 30)
+    first = LowRankConv.from_dense(conv.weight, conv.bias, rank=2, like=conv)
+    small = nn.ModuleList([first, LowRank.from_dense(flat.weight, rank=9)])
+    x, z = torch.randn(2, 4, 7, 5), torch.randn(3, 9)
+    expected = [small[0](x), small[1](z)]
+    row, dense = (form(copy.deepcopy(small)) for form in (to_linears, to_dense))
+    assert [type(m) for m in dense] == [nn.Conv2d, nn.Linear]
+    assert [type(m) for m in row] == [nn.Sequential, nn.Linear], "full rank has more numbers than the dense layer"
+    for model in (row, dense):
+        torch.testing.assert_close([model[0](x), model[1](z)], expected)
 
 
 def test_a_bias_that_the_stock_layer_lacks_has_no_dense_form():

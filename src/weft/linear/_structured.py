@@ -105,6 +105,14 @@ class Structured(nn.Module):
             place.bias = nn.Parameter(bias)
         return place.train(self.training)
 
+    def stock(self) -> nn.Module:
+        """A stock layer of its form on the meta device: a place for `restored` where no model says what stood there."""
+        raise UsageError(f"what a layer of kind {self.kind} stands for is known in a transformers model only")
+
+    def linears(self) -> tuple[nn.Module, ...]:
+        """Stock layers that do one after the other what it does, of the kinds that are a product of dense factors."""
+        return ()
+
     def derive(self) -> None:
         """Compute what is not stored, the buffers that are not persistent, after the rest was loaded."""
 
@@ -141,6 +149,9 @@ class StructuredLinear(Structured, NonDynamicallyQuantizableLinear):
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "bias": self.bias is not None}
+
+    def stock(self) -> nn.Linear:
+        return bare_linear(self.in_features, self.out_features, self.bias is not None, "meta")
 
 
 def kinds() -> dict[str, type[Structured]]:

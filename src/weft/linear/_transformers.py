@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,11 +214,18 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def stock_places(model: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The layers that a transformers model has by those names before any is replaced, without values."""
+def stock_places(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """The layers that the model has by those names before any is replaced, without values.
+
+    Raises UsageError where a model that is not of transformers has one of which that is not known.
+    """
+    from transformers import PreTrainedModel  # when this file is imported, transformers may not be whole yet
+
+    if not isinstance(model, PreTrainedModel):
+        return {name: layer.stock() for name, layer in layers.items()}
     with torch.device("meta"):
         stock = type(model)(copy.deepcopy(model.config))
-    return {name: stock.get_submodule(name) for name in names}
+    return {name: stock.get_submodule(name) for name in layers}
 
 
 @torch.no_grad()
@@ -228,14 +235,60 @@ def to_dense(model: Any) -> Any:
     Raises UsageError, the model being as it was, where a layer is no linear map or has a bias that the stock one lacks.
     """
     layers = structured_layers(model)
+    places = _dense_places(model, layers)
+    for name, layer in reversed(layers.items()):  # what lies inside of another first
+        model.set_submodule(name, layer.restored(places[name]))
+    _stock_again(model)
+    return model
+
+
+@torch.no_grad()
+def to_linears(model: Any) -> Any:
+    """Put stock layers in place of every structured one, for a graph or a state dict that needs no weft; the model.
+
+    A layer that is a product of dense factors becomes these, one after the other in an nn.Sequential, where they have
+    fewer numbers than the dense layer; any other becomes that. `torch.export`, ONNX and `load_state_dict` take what
+    comes of it. `from_pretrained` knows no such names, so `save_pretrained` refuses: weft's own form reloads.
+
+    Raises UsageError, the model being as it was, where a layer is no linear map or has a bias that the stock one lacks.
+    """
+    layers = structured_layers(model)
+    dense = _dense_places(model, layers)
+    rows = {name: nn.Sequential(*layer.linears()).train(layer.training) for name, layer in layers.items()}
+    rows = {name: row for name, row in rows.items() if len(row) and _numbers(row) < _numbers(dense[name])}
+    for name, layer in reversed(layers.items()):
+        model.set_submodule(name, rows.get(name) or layer.restored(dense[name]))
+    _stock_again(model)
+    if rows and hasattr(model, "save_pretrained"):
+        model.hf_quantizer = _InARow(WeftFormat({}))
+    return model
+
+
+class _InARow(WeftQuantizer):
+    """Of a model whose layers are several stock ones in a row."""
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        raise UsageError("no transformers class has such layers in a row: save a state_dict, or save before to_linears")
+
+
+def _dense_places(model: Any, layers: dict[str, Structured]) -> dict[str, Any]:
+    """Stock layers without values that can have those of the structured ones.
+
+    Raises UsageError, which names the layer, where one cannot.
+    """
     places = stock_places(model, layers)
     for name, layer in layers.items():
         try:
             layer.check_dense(places[name])
         except UsageError as error:
             raise UsageError(f"{name} has no dense form: {error}") from error
-    for name, layer in reversed(layers.items()):  # what lies inside of another first
-        model.set_submodule(name, layer.restored(places[name]))
+    return places
+
+
+def _stock_again(model: Any) -> None:
     if isinstance(getattr(model, "hf_quantizer", None), WeftQuantizer):
         model.hf_quantizer.remove_quantization_config(model)
-    return model
+
+
+def _numbers(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())

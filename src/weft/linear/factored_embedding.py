@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
-from weft.linear._structured import Structured, bare, check_rank
+from weft.linear._structured import Structured, bare, bare_linear, check_rank
 
 
 class FactoredEmbedding(Structured, nn.Embedding):
@@ -92,6 +92,18 @@ class FactoredEmbedding(Structured, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(self.table(input), self.up, self.mean)
+
+    def stock(self) -> nn.Embedding:
+        place = self.table
+        return bare(nn.Embedding, place.num_embeddings, self.embedding_dim, place.padding_idx, device="meta")
+
+    @torch.no_grad()
+    def linears(self) -> tuple[nn.Module, ...]:
+        up = bare_linear(self.rank, self.embedding_dim, self.mean is not None, self.up.device, self.up.dtype)
+        up.weight.copy_(self.up)
+        if self.mean is not None:
+            up.bias.copy_(self.mean)
+        return self.table, up
 
     def dense(self) -> Tensor:
         table, up = self.table.weight, self.up

@@ -68,6 +68,9 @@ class LowRank(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
+    def linears(self) -> tuple[nn.Module, ...]:
+        return self.down, self.up
+
     def dense(self) -> Tensor:
         up, down = self.up.weight, self.down.weight
         wide = torch.promote_types(up.dtype, torch.float32)

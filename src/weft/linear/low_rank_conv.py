@@ -97,6 +97,14 @@ class LowRankConv(Structured):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
+    def stock(self) -> nn.Conv2d:
+        first: Any = self.down
+        place = (first.kernel_size, first.stride, first.padding, first.dilation, 1, self.bias is not None)
+        return bare(nn.Conv2d, first.in_channels, self.up.out_channels, *place, first.padding_mode, device="meta")
+
+    def linears(self) -> tuple[nn.Module, ...]:
+        return self.down, self.up
+
     def dense(self) -> Tensor:
         up, down = self.up.weight, self.down.weight
         wide = torch.promote_types(up.dtype, torch.float32)

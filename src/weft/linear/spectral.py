@@ -7,6 +7,7 @@ W = U·diag(s)·Vᵀ. r·(in + out + 1) numbers in place of in·out. For methods
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -68,6 +69,12 @@ class Spectral(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
         return self.up(z * self.values.to(z.dtype))
+
+    @torch.no_grad()
+    def linears(self) -> tuple[nn.Module, ...]:
+        up = copy.deepcopy(self.up)
+        up.weight.mul_(self.values)
+        return self.down, up
 
     def dense(self) -> Tensor:
         u, s, vh = self.up.weight, self.values, self.down.weight

@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from weft.errors import UsageError, WeftError
-from weft.linear._structured import bare, bare_linear
 from weft.linear._transformers import attach_format, stock_places
 from weft.linear.low_rank import LowRank
 from weft.linear.low_rank_conv import LowRankConv
@@ -61,15 +60,14 @@ def shrink(model: nn.Module, widths: dict[str, int] | None = None) -> nn.Module:
             there = f"0 to {len(kept[name])}" if name in layers else "no such low-rank layer"
             raise UsageError(f"widths: {name} cannot have width {width}: {there}")
         kept[name] = kept[name][:width]
-    whole = isinstance(model, PreTrainedModel)
-    places = stock_places(model, layers) if whole else {name: _stock(layer) for name, layer in layers.items()}
+    places = stock_places(model, layers)
     for name, layer in layers.items():
         out, in_ = sides(layer)
         small: nn.Module = _narrowed(layer, kept[name]).train(layer.training)
         if (out + in_) * len(kept[name]) >= out * in_:
             small = small.restored(places[name])  # type: ignore[operator]
         model.set_submodule(name, small)
-    if whole:
+    if isinstance(model, PreTrainedModel):
         attach_format(model)
     return model
 
@@ -79,18 +77,8 @@ def _narrowed(layer: Layer, kept: Tensor) -> Layer:
     if isinstance(layer, LowRank):
         return LowRank.from_factors(up[:, kept], down[kept], layer.bias)
     if not len(kept):
-        return LowRankConv.from_factors(0 * up[:, :1], 0 * down[:1], layer.bias, like=_stock(layer))
-    return LowRankConv.from_factors(up[:, kept], down[kept], layer.bias, like=_stock(layer))
-
-
-def _stock(layer: Layer) -> Any:
-    """A stock layer of the same form, without values."""
-    bias = layer.bias is not None
-    if isinstance(layer, LowRank):
-        return bare_linear(layer.in_features, layer.out_features, bias, "meta")
-    down: Any = layer.down
-    place = (down.kernel_size, down.stride, down.padding, down.dilation, 1, bias, down.padding_mode)
-    return bare(nn.Conv2d, down.in_channels, layer.up.out_channels, *place, device="meta")
+        return LowRankConv.from_factors(0 * up[:, :1], 0 * down[:1], layer.bias, like=layer.stock())
+    return LowRankConv.from_factors(up[:, kept], down[kept], layer.bias, like=layer.stock())
 
 
 @dataclass(frozen=True)
