@@ -382,19 +382,47 @@ def test_lora_on_the_factors_inside(saved):
     assert set(structured(merged)) == set(structured(load(saved["llama", "low_rank"], "llama")))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_torchao_quantises_the_factors_inside(saved, name, tmp_path):
+def test_torchao_quantises_the_factors_inside(saved, name, dtype, tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
-    model = load(saved[name, "low_rank"], name)
-    before = logits(model)
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    model = load(saved[name, "low_rank"], name, dtype=dtype)
+    before = logits(model).float()
+    untied = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, where: where in untied)
     layer = next(iter(structured(model).values()))
     assert type(layer.up.weight).__module__.startswith("torchao") and type(layer.weight) is torch.Tensor
-    assert 0 < (logits(model) - before).norm() < 0.1 * before.norm()
-    numbers = layer.up.weight.numel() + layer.down.weight.numel()
-    assert 8 * numbers < stored_bits(layer) < 12 * numbers, "codes, and what each row has besides"
-    with pytest.raises(weft.UsageError, match=r"down.weight is quantised \(Int8Tensor\): save first"):
-        model.save_pretrained(tmp_path)
+    assert 0 < (logits(model).float() - before).norm() < 0.1 * before.norm()
+    if dtype is torch.float32:
+        numbers = layer.up.weight.numel() + layer.down.weight.numel()
+        assert 8 * numbers < stored_bits(layer) < 12 * numbers, "codes, and what each row has besides"
+    with pytest.raises(weft.UsageError, match=r"has no dense form while (up|down).weight is quantised"):
+        to_dense(model)
+    for folder in (tmp_path / "once", tmp_path / "twice"):  # what was loaded is saved as it was
+        model.save_pretrained(folder)
+        again = load(folder, name, dtype=dtype)
+        assert torch.equal(logits(again), logits(model))
+        types = [[(n, type(t)) for n, t in each.state_dict().items()] for each in (again, model)]
+        assert sorted(types[0], key=str) == sorted(types[1], key=str)
+        model = again
+    base = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
+    assert torch.equal(logits(base), logits(model.base_model))
+
+
+def test_a_quantised_tensor_is_whole_and_not_tied(saved, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = load(saved["llama", "low_rank"], "llama")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, where: where.endswith(".up"))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in tensors if key.endswith("_weight_qdata"))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(weft.WeftError, match="misses a part of a quantised tensor: _weight_qdata"):
+        load(tmp_path, "llama")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, where: where == "lm_head")
+    with pytest.raises(weft.UsageError, match=r"lm_head.weight is quantised and tied to model.embed_tokens.weight"):
+        model.save_pretrained(tmp_path / "tied")
 
 
 # --- dense again ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ and the Auto classes find it:
     "quantization_config": {"quant_method": "weft", "format": 1,
                             "modules": {"layers.0.mlp.up_proj": {"kind": "low_rank", "version": 1, "rank": 64, …}}}
 
-A layer that uses what another stores names that one as its `leader`.
+A layer that uses what another stores names that one as its `leader`. Weights that torchao quantised, of factors or of
+layers that stayed dense, are described under "quantised" (`_quantised.py`).
 
 transformers calls whatever replaces modules before loading a quantizer. Importing this file makes weft's known to it.
 Without weft, loading raises: the checkpoint's `….up_proj.weight` has no elements and fits no matrix.
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from weft.errors import UsageError, WeftError
+from weft.linear._quantised import Described, flat, is_quantised, make_room, put_together, quantised
 from weft.linear._structured import Structured, bare_linear, empty
 
 FORMAT = 1
@@ -40,13 +42,22 @@ Specs = dict[str, dict[str, Any]]
 class WeftFormat(QuantizationConfigMixin):
     """What config.json says of the structured layers of a model."""
 
-    def __init__(self, modules: Specs, format: int = FORMAT, quant_method: str = "weft", **unknown: Any) -> None:
+    def __init__(
+        self,
+        modules: Specs,
+        format: int = FORMAT,
+        quant_method: str = "weft",
+        quantised: Described | None = None,
+        **unknown: Any,
+    ) -> None:
         if format > FORMAT:
             raise UsageError(f"the model has weft's format {format}, and this weft reads up to {FORMAT}: upgrade weft")
         if unknown:
             raise UsageError(f"the model's quantization_config has a field {min(unknown)!r}, which weft does not know")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own are members of an enum
         self.format, self.modules = format, modules
+        if quantised:
+            self.quantised = quantised
 
 
 @register_quantizer("weft")
@@ -78,22 +89,43 @@ class WeftQuantizer(HfQuantizer):
             # else transformers draws values for the weight that it has not
             layer._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(found, layer.train(old.training))
+        for module, tensor, described in self._quantised(model):
+            make_room(module, tensor, described)
+
+    def _quantised(self, model: Any) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
+        """The layers of the model whose tensor, of that name, is quantised in the checkpoint."""
+        for name, described in getattr(self.quantization_config, "quantised", {}).items():
+            layer, _, tensor = name.rpartition(".")
+            found = _resolve(model, layer)
+            if found is not None:
+                yield model.get_submodule(found), tensor, described
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for module, tensor, described in self._quantised(model):
+            put_together(module, tensor, described)
         for name, layer in structured_layers(model).items():
             # transformers marks what it loaded, only warns of what it did not, and leaves on meta what lies on disk
-            stored = layer.state_dict(keep_vars=True).items()
-            missing = [key for key, t in stored if not (t.is_meta or getattr(t, "_is_hf_initialized", False))]
+            stored = {key: t for key, t in layer.state_dict(keep_vars=True).items() if not is_quantised(t)}
+            missing = [k for k, t in stored.items() if not (t.is_meta or getattr(t, "_is_hf_initialized", False))]
             if missing:
                 raise WeftError(f"the checkpoint misses {name}.{missing[0]}")
             layer.derive()
         model.is_quantized = False  # it may be cast and trained as any other
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """Called first by `save_pretrained`: what is written describes the model as it is now."""
-        if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is written
-            model.config.quantization_config = self.quantization_config = WeftFormat(_describe(model))
-        return None, {}
+        if getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is written
+            return None, {}
+        coded = quantised(model)
+        tied = next((name for name in coded if name in _tied(model)), None)
+        if tied is not None:
+            raise UsageError(f"{tied} is quantised and tied to {_tied(model)[tied]}: leave it out when you quantise")
+        parts, described = flat(coded)
+        form = WeftFormat(_describe(model), quantised={_base_name(model, name): d for name, d in described.items()})
+        model.config.quantization_config = self.quantization_config = form
+        if not coded:
+            return None, {}
+        return {name: t for name, t in model.state_dict().items() if name not in coded} | parts, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return to_dense(model)
@@ -115,17 +147,22 @@ def _describe(model: Any) -> Specs:
     names |= {id(layer): names.get(id(layer), name) for name, layer in layers.items()}
     specs = {}
     for name, layer in layers.items():
-        for key, t in layer.state_dict().items():
-            if type(t).__module__.startswith("torchao"):
-                raise UsageError(
-                    f"{name}.{key} is quantised ({type(t).__name__}): save first, and quantise what was loaded"
-                )
         spec = specs[names[id(layer)]] = layer.spec()
         if layer.leader is not None:
             if id(layer.leader) not in names:
                 raise UsageError(f"{name} uses what another layer stores, which is no longer in the model")
             spec["leader"] = names[id(layer.leader)]
     return specs
+
+
+def _base_name(model: Any, name: str) -> str:
+    """The name in the base model of a tensor of the model; a head's stays."""
+    return name if model.base_model is model else name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Tensors that the model ties, and to which."""
+    return {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
 
 
 def _leader(model: Any, spec: dict[str, Any]) -> Structured | None:
@@ -171,7 +208,7 @@ def attach_format(model: Any) -> Any:
     if other is not None and not isinstance(other, WeftQuantizer):
         method = other.quantization_config.quant_method
         raise UsageError(f"the model is quantised by {getattr(method, 'value', method)}: compress it first")
-    tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
+    tied = _tied(model)
     for name in layers:
         if f"{name}.weight" in tied:
             raise UsageError(f"{name} is tied to {tied[f'{name}.weight']}, so it must stay dense")
@@ -278,6 +315,9 @@ def _dense_places(model: Any, layers: dict[str, Structured]) -> dict[str, Any]:
     """
     places = stock_places(model, layers)
     for name, layer in layers.items():
+        coded = next(iter(quantised(layer)), None)
+        if coded is not None:
+            raise UsageError(f"{name} has no dense form while {coded} is quantised: load the model before that")
         try:
             layer.check_dense(places[name])
         except UsageError as error:
