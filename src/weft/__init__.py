@@ -30,6 +30,7 @@ _LAZY = {
     "export": "weft.adapters._export",
     "compress": "weft.compress._engine",
     "reparametrise": "weft.pretrain._engine",
+    "LorentzLinear": "weft.pretrain._lorentz",
     "to_dense": "weft.linear._transformers",
     "to_linears": "weft.linear._transformers",
 }

@@ -44,6 +44,7 @@ from weft.optim.lora_pro import LoraProConfig as LoraProConfig
 from weft.optim.owlore import OwloreConfig as OwloreConfig
 from weft.optim.sara import SaraConfig as SaraConfig
 from weft.pretrain._engine import reparametrise as reparametrise
+from weft.pretrain._lorentz import LorentzLinear as LorentzLinear
 from weft.pretrain.lost import LostConfig as LostConfig
 from weft.pretrain.lowrank import LowrankConfig as LowrankConfig
 from weft.pretrain.maestro import MaestroConfig as MaestroConfig

@@ -12,8 +12,8 @@ arXiv 2405.15481.
     after `iterations` of them, T2, a round ends: before that,  [U, σ, V] ← SVD(U·diag(σ)·Vᵀ)
 
 It begins at the weight that the model has, random or trained, and every column is trained in time, so that what is
-learnt has no low rank. S is drawn for each layer by (seed, step, its name), and so the same in all processes. This is
-the method for linear maps; layers of hyperbolic networks are no part of it.
+learnt has no low rank. S is drawn for each layer by (seed, step, its name), and so the same in all processes. In a
+hyperbolic network W is the matrix of a `weft.LorentzLinear`, and nothing else of that layer changes.
 
 ∇u_i is without its factor σ_i, "enhanced", and so directions are learnt at a speed of their own, those of dead
 components too (σ_i = 0, which may come alive again). enhanced=False is W's true gradient. σ's gradient is with the
