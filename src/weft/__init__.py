@@ -29,6 +29,7 @@ _LAZY = {
     "StepCallback": "weft.adapters._training",
     "export": "weft.adapters._export",
     "compress": "weft.compress._engine",
+    "distiller": "weft.compress._distil",
     "reparametrise": "weft.pretrain._engine",
     "LorentzLinear": "weft.pretrain._lorentz",
     "to_dense": "weft.linear._transformers",

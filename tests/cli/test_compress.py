@@ -249,6 +249,73 @@ def test_an_interrupted_recovery_goes_on_where_it_was(weft, refuse, words, tmp_p
     assert all(torch.equal(t, two[name]) for name, t in one.items()) and not (tmp_path / "out.work").exists()
 
 
+TRAINING = ("--train", "steps=3,learning_rate=0.01", "--keep", 0.6)
+
+
+def test_a_method_that_learns_is_trained(weft, words, tmp_path):
+    """Its form is that of the start, all of it moved, and its folder says how."""
+    import transformers as hf
+
+    for name, train in (("start", ("--train", "steps=0", "--keep", 0.6)), ("out", TRAINING)):
+        assert weft(*words(*train, method="pela", output=name))[0] == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    assert {name: (t.shape, t.dtype) for name, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    assert all(not torch.equal(t, after[name]) for name, t in before.items() if t.numel())
+    told = report(tmp_path / "out")["training"]
+    assert told["steps"] == 3 and math.isfinite(told["validation"]["loss"])
+    assert "training" not in report(tmp_path / "start")
+    assert "trained for 3 steps of `pela`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")).isfinite().all()
+    code, out, err = weft(*words(*TRAINING, "--dense", method="svd", output="plain"))  # fine-tuned, and written out
+    assert code == 0 and "trained for 3 steps, validation loss" in " ".join(out.split()), err
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "start"]
+
+
+def test_trained_and_then_recovered(weft, words, tmp_path):
+    assert weft(*words(*TRAINING, *RECOVERY, method="pela"))[0] == 0
+    told = report(tmp_path / "out")
+    assert told["training"]["steps"] == told["recovery"]["steps"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_interrupted_training_goes_on_where_it_was(weft, refuse, words, tmp_path, monkeypatch):
+    from weft.compress import _engine
+    from weft.run import loop
+
+    saving = (*TRAINING[:1], TRAINING[1] + ",save_steps=1", *TRAINING[2:])
+    assert weft(*words(*saving, method="pela", output="whole"))[0] == 0
+    log = loop.Watch._log
+
+    def interrupted(self, step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Watch, "_log", lambda self, step: interrupted(self, step) if step == 3 else log(self, step))
+        refuse(1, *words(*saving, method="pela"), says=("interrupted", "compressed model is kept", "--config"))
+    assert (tmp_path / "out.work" / "trained" / "checkpoint-2").exists() and not (tmp_path / "out").exists()
+    refuse(2, *words(*saving, "--keep", 0.5, method="pela"), says=("keep=0.6, not 0.5", "--no-resume"))
+    monkeypatch.setattr(_engine, "compress", interrupted)  # which nothing asks for again
+    assert weft(*words(*saving, method="pela"))[0] == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(t, two[name]) for name, t in one.items()) and not (tmp_path / "out.work").exists()
+
+
+def test_minutes_become_steps_before_the_run(weft, words, tmp_path, monkeypatch):
+    from weft.run import distil
+
+    asked = []
+
+    def steps(budget, seconds):
+        asked.append((budget.minutes, seconds))
+        return 2
+
+    monkeypatch.setattr(distil, "steps_of", steps)
+    assert weft(*words("--train", "minutes=0.5,learning_rate=0.01", method="pela"))[0] == 0
+    ((minutes, seconds),) = asked
+    assert minutes == 0.5 and seconds > 0 and report(tmp_path / "out")["training"]["steps"] == 2
+
+
 def test_layers_without_factors_stay_as_they_were_compressed(refuse, words, tmp_path):
     quick = ("--keep", 0.95, "--iterations", 1, "--include", "mlp.up_proj,mlp.gate_proj,mlp.down_proj")
     refuse(1, *words(*quick, *RECOVERY, method="armor"), says=("armor makes layers without dense", "weft adapt"))
@@ -353,6 +420,14 @@ def test_words_that_cannot_work(bad, refuse):
     bad("--then", "adapt:sora,max_steps", says=("name=value",))
     bad("--then", "adapt:sora,output=o", says=("output is the compression's own",))
     bad("--then", "adapt:full", says=("full has nothing to merge",))
+    bad("--train", "steps", says=("train='steps'", "name=value"))
+    bad("--train", "steps=3,steps=4", says=("'steps=4' is given twice",))
+    bad("--train", "stepz=3", says=("'stepz'", "did you mean"))
+    bad("--train", "minutes=soon", says=("minutes=soon is no positive number",))
+    bad("--train", "minutes=1,epochs=2", says=("minutes or epochs",))
+    bad("--train", "output=o", says=("output is the compression's own",))
+    bad("--train", "learning_rate=fast", says=("learning_rate", "fast"))
+    bad(method="pela", source=None, says=("--data is missing", "training"))
     bad("--then", "adapt:sora", method="svd", source=None, says=("--data is missing", "recovery"))
     refuse(2, "compress", says=("--model is missing",))
     refuse(2, "compress", "--model", "m", says=("--method is missing",))

@@ -15,7 +15,6 @@ from weft import registry
 from weft.cli import _flags
 from weft.errors import WeftError
 from weft.run import compress as _compress
-from weft.run import recover
 from weft.run.adapt import RUN_FILE, read_run_file
 
 if TYPE_CHECKING:
@@ -75,8 +74,8 @@ def _run(config: str | None, plan: bool | None, resume: bool | None, **flags: An
         import torch
 
         torch.set_num_threads(run.options.threads)
-    if recover.waits(run) and not plan:
-        console.print(last_line(run, recovered(run, console)), highlight=False, soft_wrap=True)
+    if _compress.waits(run) and not plan:
+        console.print(last_line(run, finished(run, console)), highlight=False, soft_wrap=True)
         return
     display = None
     try:
@@ -98,17 +97,17 @@ def _run(config: str | None, plan: bool | None, resume: bool | None, **flags: An
             f"interrupted with {done} of {display.total} layers finished; go on with: {resume_command(run)}"
         ) from None
     console.print(end_table(report))
-    if run.options.then:
-        report = recovered(run, console)
+    if run.train or run.options.then:
+        report = finished(run, console)
     console.print(last_line(run, report), highlight=False, soft_wrap=True)
 
 
-def recovered(run: _compress.Request, console: Console) -> dict[str, Any]:
-    """The report after the recovery; interrupted, it says how to go on."""
+def finished(run: _compress.Request, console: Console) -> dict[str, Any]:
+    """The report after training and recovery; interrupted, it says how to go on."""
     from weft.run.loop import Interrupted
 
     try:
-        return recover.recover(run, lambda text: console.print(text, highlight=False, soft_wrap=True))
+        return _compress.run_after(run, lambda text: console.print(text, highlight=False, soft_wrap=True))
     except Interrupted as stopped:
         raise Interrupted(stopped.step, stopped.checkpoint, resume_command(run)) from None
     except KeyboardInterrupt:
@@ -214,6 +213,10 @@ def last_line(run: _compress.Request, report: dict[str, Any]) -> str:
         share += f" ({kept['promised']:g} asked)"
     if not replaced:
         share = "nothing replaced"
+    if "training" in report:
+        loss = report["training"]["validation"].get("loss")
+        share += f"; trained for {report['training']['steps']:,} steps"
+        share += "" if loss is None else f", validation loss {loss:.4f}"
     return (
         f"{share}; weight files {size(files['before'])} → {size(files['after'])}; {duration(report['seconds'])}; "
         f"saved to {run.output}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weft.run.methods import Method
     from weft.run.models import Base
     from weft.run.sources import Rows
+    from weft.run.train import Teach
 
 _TASKS = ("auto", "causal-lm", "classification")
 RUN_FILE = "run.yaml"
@@ -373,7 +374,9 @@ def _window(run: Request, tokenizer: Any, say: Callable[[str], None]) -> int:
     return run.settings.max_length
 
 
-def run_adapt(run: Request, rows: Rows, going_on: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def run_adapt(
+    run: Request, rows: Rows, going_on: bool, say: Callable[[str], None], teach: Teach | None = None
+) -> dict[str, Any]:
     """Train, save the adapter and the final evaluation into the output folder; what the result file says."""
     from weft.run import checkpoints
     from weft.run.train import save_result, shared_evaluation, train
@@ -387,7 +390,7 @@ def run_adapt(run: Request, rows: Rows, going_on: bool, say: Callable[[str], Non
             start_output(run, going_on)
         except OSError as error:
             raise WeftError(f"output folder {str(output)!r} cannot be written: {error.strerror or error}") from error
-    result = train(base, splits, run.method, run.settings, output, resume=going_on, progress=first)
+    result = train(base, splits, run.method, run.settings, output, resume=going_on, progress=first, teach=teach)
     test = {}
     if len(splits.test):
         test = shared_evaluation(result.model, splits.test, splits, run.settings)
@@ -410,6 +413,14 @@ def run_adapt(run: Request, rows: Rows, going_on: bool, say: Callable[[str], Non
             checkpoints.write_text(output / LABELS_FILE, json.dumps(splits.labels, ensure_ascii=False) + "\n")
         checkpoints.write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def settled(run: Request, rows: Rows, say: Callable[[str], None], teach: Teach | None = None) -> dict[str, Any]:
+    """What a run found, from its beginning, its newest checkpoint, or its end."""
+    done = Path(str(run.options.output)) / RESULT_FILE
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    return run_adapt(run, rows, settle_output(run, None), say, teach)
 
 
 def _short(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def steps_of(budget: Budget, seconds_per_step: float | None) -> int:
     affordable = int(budget.minutes * 60 / seconds_per_step)
     if affordable < 1:
         raise UsageError(
-            f"--budget: minutes={budget.minutes:g} is less than one step of the slowest method "
+            f"minutes={budget.minutes:g} is less than one step of the slowest method "
             f"({seconds_per_step:.3g} s); give more minutes or a smaller --batch-size"
         )
     return min(affordable, budget.steps) if budget.steps else affordable

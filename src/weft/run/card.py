@@ -110,6 +110,8 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
     for name, each in report["calibration"].items():
         weight = f", weight {each['weight']:g}" if len(report["calibration"]) > 1 else ""
         lines.append(f"Calibrated on {each['sequences']} sequences of `{name}`, {each['tokens']:,} tokens{weight}.")
+    if "training" in report:
+        lines.append(_trained(run.method, report["training"]))
     if "recovery" in report:
         lines.append(_recovered(report["recovery"]))
     load = f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained("{run.output}")'
@@ -122,6 +124,15 @@ def model_card(run: Request, report: dict[str, Any], model_class: str) -> str:
         f"It took {report['seconds']:.1f} s with {versions}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _trained(method: str, training: dict[str, Any]) -> str:
+    loss = training["validation"].get("loss")
+    end = "" if loss is None else f"; its validation loss was {loss:.4f} in the end"
+    return (
+        f"Then it was trained for {training['steps']:,} steps of `{method}` (`--train {training['train']}`: "
+        f"{training['trainable']:,} parameters, {training['seconds']:.1f} s){end}."
+    )
 
 
 def _recovered(recovery: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weft import registry
 from weft.errors import UsageError, WeftError, nearest
+from weft.run import distil, recover
 from weft.run import options as _options
-from weft.run import recover
 from weft.run.adapt import RUN_FILE
 from weft.run.card import REPORT_FILE, report_of, write_words
 
@@ -67,6 +67,11 @@ class CompressOptions:
     seed: int = _option(0, "draws the sequences")
     bf16: bool = _option(False, "load and store the model in bfloat16; otherwise in the dtype that it has")
     dense: bool = _option(False, "write the result as a stock model that needs no weft, as large as before")
+    train: str | None = _option(
+        None,
+        "train all of it afterwards: steps=300,learning_rate=1e-4 or minutes=5, and other options of weft adapt; "
+        f"by default methods that learn take {distil.DEFAULT}, which {distil.NONE} leaves out",
+    )
     then: str | None = _option(
         None,
         "recover afterwards: adapt:METHOD, and options of weft adapt, as adapt:lora_sb,max_steps=200; trains on the "
@@ -116,6 +121,12 @@ class Request:
         keys = method_keys_of(self.method)
         run = {**vars(self.options), **{keys[name]: value for name, value in self.settings.items()}}
         return json.loads(json.dumps(run))  # tuples as lists: what YAML writes and reads back as it is
+
+    @property
+    def train(self) -> str | None:
+        """How the result is trained; None where it is not."""
+        asked = self.options.train or (distil.DEFAULT if distil.learns(self.method) else distil.NONE)
+        return None if asked == distil.NONE else asked
 
     @property
     def output(self) -> Path:
@@ -213,8 +224,10 @@ def request(given: dict[str, Any]) -> Request:
         who = method if "data" in registry.card(method).needs else f"allocate={config.allocate}"
         raise UsageError(f"--data is missing: {who} needs calibration data, builtin:stdlib say")
     run = Request(options, method, config)
+    if run.train is not None:  # both refuse what cannot work
+        distil.request(options, method, run.train, run.work)
     if options.then is not None:
-        recover.request(options, run.work)  # which refuses what cannot work
+        recover.request(options, run.work)
     return run
 
 
@@ -437,9 +450,11 @@ def _differs(run: Request, folder: Path) -> str | None:
     """The first option in which a folder's run is another, in words; finished layers serve any keep and allocation."""
     import yaml
 
-    without_consequence = {"output", "dense", "then"}
-    if not run.config.sequential:
-        without_consequence |= {"keep", "allocate"}
+    without_consequence = {"output"}
+    if not any((path / REPORT_FILE).exists() for path in (distil.start(folder), recover.compressed(folder))):
+        without_consequence |= {"dense", "train", "then"}
+        if not run.config.sequential:
+            without_consequence |= {"keep", "allocate"}
     elsewhere = folder == run.output  # a finished model: everything counts
     there = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")) or {}
     here = run.resolved()
@@ -458,7 +473,7 @@ def finished_layers(run: Request) -> int:
 
 
 def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], observer: Observer) -> dict[str, Any]:
-    """Compress, and write the model's folder, where a recovery follows into the work folder; what its report says.
+    """Compress, and write the model's folder, where more follows into the work folder; what its report says.
 
     Raises WeftError where files cannot be read or written; finished layers stay in the work folder.
     """
@@ -473,16 +488,37 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
         made = compress(
             model, run.method, data=batches_of(found), work=run.work / "layers", observer=observer, **run.settings
         )
-        if run.options.dense and not run.options.then:
+        more = run.train is not None or run.options.then is not None
+        if run.options.dense and not more:
             to_dense(model)
-        with whole_folder(recover.compressed(run.work) if run.options.then else run.output) as partial:
+        with whole_folder(distil.start(run.work) if run.train else _before_then(run)) as partial:
             model.save_pretrained(partial)
             _save_tokenizer(run.options.model or "", partial)
             report = report_of(run, shape, made, found, partial, time.monotonic() - started, done)
             write_words(run, report, partial, type(model).__name__)
-    if not run.options.then:
+    if not more:
         shutil.rmtree(run.work)
     return report
+
+
+def waits(run: Request) -> bool:
+    """Whether the layers are all finished, and what follows them is left."""
+    return distil.waits(run) or recover.waits(run)
+
+
+def run_after(run: Request, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train, recover, or both, from wherever an earlier run came to; what the report says."""
+    if run.train is not None and not recover.waits(run):
+        report = distil.train(run, _before_then(run), say)
+        if not run.options.then:
+            shutil.rmtree(run.work)
+            return report
+    return recover.recover(run, say)
+
+
+def _before_then(run: Request) -> Path:
+    """Where the model lies when it is whole but for a recovery."""
+    return recover.compressed(run.work) if run.options.then else run.output
 
 
 def batches_of(found: dict[str, Calibration]) -> dict[str, tuple[list[dict[str, torch.Tensor]], float]] | None:

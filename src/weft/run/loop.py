@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from weft.compress._distil import Distilling
 from weft.errors import UsageError, WeftError
 from weft.run import checkpoints, evaluate
 from weft.run.data import Splits, collate
@@ -48,8 +49,8 @@ def seed_of(seed: int, step: int, micro: int, rank: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-class StepTrainer(Trainer):
-    """HF's Trainer with randomness by step and the true loss kept.
+class StepTrainer(Distilling, Trainer):
+    """HF's Trainer with randomness by step and the true loss kept; with an objective, that is the loss.
 
     `step_loss` is the loss of the optimiser step under way, on the device, summed over its micro-batches.
     """

@@ -21,7 +21,6 @@ from weft.run.card import REPORT_FILE, write_words
 
 if TYPE_CHECKING:
     from weft.run.compress import CompressOptions, Request
-    from weft.run.sources import Rows
 
 _TOLD = ("method", "trainable", "steps", "seconds", "validation", "test")
 _SHARED = ("data", "columns", "validation_fraction", "test_fraction", "split_seed", "bf16")
@@ -100,7 +99,7 @@ def recover(run: Request, say: Callable[[str], None]) -> dict[str, Any]:
             f"the compressed model, and weft adapt --model {run.output} trains an adapter beside it"
         )
     job = request(run.options, run.work, targets)
-    result = _trained(job, rows, say)
+    result = _adapt.settled(job, rows, say)
     shutil.rmtree(merged, ignore_errors=True)
     export(str(job.options.output), merged, "merged", model=str(start))
     for file in start.iterdir():  # the processors, and what else belongs to the model
@@ -116,11 +115,3 @@ def recover(run: Request, say: Callable[[str], None]) -> dict[str, Any]:
     merged.replace(run.output)
     shutil.rmtree(run.work)
     return report
-
-
-def _trained(job: _adapt.Request, rows: Rows, say: Callable[[str], None]) -> dict[str, Any]:
-    """What the adapter's run found, from its beginning, its newest checkpoint, or its end."""
-    done = Path(str(job.options.output)) / _adapt.RESULT_FILE
-    if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
-    return _adapt.run_adapt(job, rows, _adapt.settle_output(job, None), say)

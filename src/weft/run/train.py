@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,10 @@ from weft.steps import controllers
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from weft.compress._distil import Objective
+
+Teach = Callable[[Any], "Objective[Any]"]
 
 __all__ = ["Interrupted", "TrainResult", "TrainSettings", "evaluate", "save_result", "total_steps", "train"]
 
@@ -126,6 +130,7 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
+    teach: Teach | None = None,
 ) -> TrainResult:
     """Train one method on one base model, which is changed in place.
 
@@ -133,6 +138,7 @@ def train(
         output: folder for checkpoints, metrics and the result; None keeps everything in memory.
         resume: go on from the newest complete checkpoint in `output`; without one, start at step 0.
         progress: show a progress bar (in the first process).
+        teach: what else than the task the model learns by, once it is there.
 
     Raises WeftError where the loss stops being a number or the disk is full, `Interrupted` after Ctrl-C.
     """
@@ -167,7 +173,9 @@ def train(
         if output is not None and args.process_index == 0:
             output.mkdir(parents=True, exist_ok=True)
             _trim_metrics(output / METRICS, facts.get("step", 0))
-        trainer = _run(model, splits, method, settings, args, watch, checkpoint)
+        trainer = _run(model, splits, method, settings, args, watch, checkpoint, teach)
+        if trainer.objective is not None:
+            trainer.objective.finish()
         steps, optimizer_bytes = trainer.state.global_step, state_bytes(trainer.optimizer)
         curve = watch.curve
         if watch.evaluated[0] == steps:
@@ -195,6 +203,7 @@ def _run(
     args: TrainingArguments,
     watch: Watch,
     checkpoint: Path | None,
+    teach: Teach | None = None,
 ) -> StepTrainer:
     """Run Trainer's loop with `watch` beside it; the trainer after its last step."""
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
@@ -211,6 +220,7 @@ def _run(
         model=model, args=args, train_dataset=splits.train, data_collator=collator, callbacks=[watch], **extra
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.objective = teach(model) if teach is not None else None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UsageError("weft adapt runs several processes by DDP: launch it without FSDP and DeepSpeed")
     watch.trainer = trainer
