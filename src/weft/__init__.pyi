@@ -49,6 +49,7 @@ from weft.pretrain.maestro import MaestroConfig as MaestroConfig
 from weft.pretrain.relora import ReloraConfig as ReloraConfig
 from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
 from weft.pretrain.sst import SstConfig as SstConfig
+from weft.pretrain.trp import TrpConfig as TrpConfig
 from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards
