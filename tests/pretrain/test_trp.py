@@ -194,6 +194,17 @@ def test_a_cut_is_the_nearest_of_the_rank_that_holds_the_energy(form: str, energ
         torch.testing.assert_close(stored(twice.get_submodule(name)), weight, rtol=1e-12, atol=1e-13)
 
 
+def test_without_training_cuts_add_up_to_fewer_than_the_energy_lets_alone() -> None:
+    model = trp(network(), period=1, energy=0.8, nuclear_lambda=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    for step in range(12):
+        take(model, optimizer, step)
+    for name in parts(model):
+        shares = torch.linalg.svdvals(stored(model.get_submodule(name)).flatten(1)).square()
+        shares = shares[shares > 1e-20] / shares.sum()
+        assert shares[-1] > 0.2 and len(shares) < 5
+
+
 def copy_of(model: nn.Module) -> nn.Module:
     """The network with these weights, on which nothing acts."""
     other = network()
@@ -538,3 +549,4 @@ def test_of_the_run_a_short_one_is_warned(caplog: Any) -> None:
 def test_its_defaults_are_the_papers() -> None:
     config = TrpConfig()
     assert (config.energy, config.nuclear_lambda, config.form) == (0.9, 3e-4, "nc")
+    assert methods.resolve("trp").knob is None  # no option changes how many numbers it trains

@@ -20,6 +20,10 @@ With nd all outputs have the k of the one that needs the most. Of convolutions t
 for the model's first; nc and vh leave strided ones dense in the end, as the authors do. `target_modules`, where given,
 overrules all that.
 
+Cuts add up. What training does not bring back is cut again, as long as the least value holds no more than 1 − energy of
+what was left: as steps become small, fewer than 1/(1 − energy) values stay. Those are ten of 0.9, the authors' for
+kernels of few channels; wide layers want an energy nearer to 1.
+
 The sub-gradient is that of what is kept; `full_gradient` takes all singular vectors, of the weight before the cut,
 which presses on what is cut too, as a separate script of the authors does. It enters once an optimiser step, into the
 sum over its micro-batches and before clipping, as any penalty does here. Of a singular value of 0 it has nothing.
@@ -79,7 +83,7 @@ CARD = Card(
     limitations="Training takes the memory of dense training, a second gradient in a step with a cut, and the time of "
     "the SVDs; only the result is smaller. The paper trains convolutional networks by SGD (rate 0.1, momentum 0.9, "
     "decay 1e-4); the recipe is plain low rank's, unconfirmed. AdamW scales the nuclear term with the gradient, and "
-    "the threshold of 0.05 is absolute.",
+    "the threshold of 0.05 is absolute. In a long run the default energy leaves fewer than ten singular values.",
     reasons={"dense": "weights are factorised after training, and are matrices while it lasts"},
 )
 
