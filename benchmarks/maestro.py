@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -28,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from cifar import right, splits
+from cifar import trained as already
 from claims.ledger import interval
-from compress_convolutions import DEPTH, ResNet, images, right
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,7 +69,7 @@ class Task:
 def digits(folder: Path) -> Task:
     data = np.load(next((folder / "mnist_subset").glob("*.npz")))
     x, y, last, answers = (torch.from_numpy(data[name]) for name in ("x_train", "y_train", "x_test", "y_test"))
-    x, last = ((images.flatten(1) / 255 - 0.13) / 0.31 for images in (x, last))
+    x, last = ((grey.flatten(1) / 255 - 0.13) / 0.31 for grey in (x, last))
 
     def make() -> nn.Module:
         layers = (nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -80,19 +81,12 @@ def digits(folder: Path) -> Task:
 
 
 def cifar(folder: Path) -> Task:
-    data = np.load(folder / "cifar10_subset" / "cifar10_lossless_2k_1k.npz")
-    x, y = images(data["x_train"]), torch.from_numpy(data["y_train"]).long()
-    test = images(data["x_test"]), torch.from_numpy(data["y_test"]).long()
-    weights = load_file(folder / "models" / "resnet_cifar10" / "resnet20.safetensors")
-
-    def make() -> nn.Module:
-        model = ResNet(DEPTH["resnet20"])
-        model.load_state_dict(weights, strict=False)  # counters of the batch norms are left out
-        return model
-
+    (x, y), test = splits(folder)
     parts = (x[:1750], y[:1750]), (x[1750:], y[1750:]), test
     shares = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-    return Task(make, *parts, epochs=10, rates=(1e-3, 3e-3, 1e-2), shares=shares, step=0.05, augment=True)
+    rates = (1e-3, 3e-3, 1e-2)
+    make = functools.partial(already, folder, "resnet20")
+    return Task(make, *parts, epochs=10, rates=rates, shares=shares, step=0.05, augment=True)
 
 
 TASKS = {"digits": digits, "cifar": cifar}

@@ -137,8 +137,7 @@ def built(arm: str, seed: int) -> nn.Module:
         for name, p in model.named_parameters():  # what is no W is trained, as in the other arms
             p.requires_grad_("base_layer.weight" not in name and "embed_positions" not in name)
     elif arm != "full":
-        sides = nn.ModuleList([model.get_encoder(), model.get_decoder()])  # else one side's blocks are the model's
-        weft.reparametrise(sides, arm, rank=RANK, seed=seed, target_modules=LINEAR, **FORMS[arm])
+        weft.reparametrise(model, arm, rank=RANK, seed=seed, target_modules=LINEAR, **FORMS[arm])
     return model
 
 

@@ -172,9 +172,9 @@ def _usage(slug: str, card: weft.Card) -> str:
             f"```sh\n{_stepped(slug, card)} --output runs/{slug}\n```"
         ).replace(repr(slug), f'"{slug}"')
     if card.pillar == "pretrain":
-        value = getattr(weft.config_class(slug)(), card.knob)
+        sized = f", {card.knob}={getattr(weft.config_class(slug)(), card.knob)}" if card.knob else ""
         return (
-            f'```python\nimport weft\n\nweft.reparametrise(model, "{slug}", {card.knob}={value})\n```\n\n'
+            f'```python\nimport weft\n\nweft.reparametrise(model, "{slug}"{sized})\n```\n\n'
             "```sh\nweft pretrain --config builtin:pycode --data builtin:stdlib \\\n"
             f"    --method {slug} --output runs/{slug}\n```"
         )
@@ -246,7 +246,8 @@ def _facts(card: weft.Card) -> str:
         facts = [["its state's size is set by", size], ["it needs", ", ".join(card.needs) or "nothing"]]
         return table(["", ""], facts + reasons)
     if card.pillar == "pretrain":
-        return table(["", ""], [["its size is set by", f"`{card.knob}`"], *reasons])
+        size = f"`{card.knob}`" if card.knob else "the model, as long as it trains"
+        return table(["", ""], [["its size is set by", size], *reasons])
     low, high = card.init_drift
     start = "ΔW is exactly zero." if high == 0 else f"|ΔW| is between {low:g} and {high:g} of |W|."
     facts = [

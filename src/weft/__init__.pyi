@@ -23,6 +23,7 @@ from weft.adapters.sora import SoraConfig as SoraConfig
 from weft.adapters.svfit import SvfitConfig as SvfitConfig
 from weft.adapters.tlora import TloraConfig as TloraConfig
 from weft.adapters.wara import WaraConfig as WaraConfig
+from weft.compress._distil import distiller as distiller
 from weft.compress._engine import compress as compress
 from weft.compress.armor import ArmorConfig as ArmorConfig
 from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig as AtomicFeatureMimickingConfig
@@ -30,6 +31,7 @@ from weft.compress.cospadi import CospadiConfig as CospadiConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
 from weft.compress.lord import LordConfig as LordConfig
 from weft.compress.modegpt import ModegptConfig as ModegptConfig
+from weft.compress.pela import PelaConfig as PelaConfig
 from weft.compress.r_sparse import RSparseConfig as RSparseConfig
 from weft.compress.svd import SvdConfig as SvdConfig
 from weft.compress.svd_llm import SvdLlmConfig as SvdLlmConfig
@@ -51,6 +53,7 @@ from weft.pretrain.maestro import MaestroConfig as MaestroConfig
 from weft.pretrain.relora import ReloraConfig as ReloraConfig
 from weft.pretrain.sltrain import SltrainConfig as SltrainConfig
 from weft.pretrain.sst import SstConfig as SstConfig
+from weft.pretrain.trp import TrpConfig as TrpConfig
 from weft.registry import Card as Card
 from weft.registry import card as card
 from weft.registry import cards as cards

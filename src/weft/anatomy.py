@@ -21,6 +21,16 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return best
 
 
+def all_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of both sides of an encoder-decoder; of any other model its blocks."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return blocks(model)
+    sides: Any = [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(side)]}.{name}": block for side in sides for name, block in blocks(side).items()}
+
+
 def heads(model: nn.Module) -> list[nn.Module]:
     """The modules of a model's output head, whatever it is called; none where it has none."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()

@@ -14,7 +14,16 @@ from torch import Tensor
 from weft.algebra import gram
 from weft.algebra.gram import over_root, root, times_root
 from weft.algebra.random import generator
-from weft.algebra.svd import canonical_signs, leading_vectors, rank_for_energy, svd_sketch, svd_top, weighted_svd
+from weft.algebra.svd import (
+    canonical_signs,
+    leading_vectors,
+    rank_for_energy,
+    singular_values,
+    svd_sketch,
+    svd_stack,
+    svd_top,
+    weighted_svd,
+)
 
 
 def matrix(out: int, in_: int, seed: int = 0, values: Tensor | None = None) -> Tensor:
@@ -74,10 +83,31 @@ def test_energy_picks_the_fewest_triplets():
     assert rank_for_energy(torch.tensor([3.0, 4.0]).flip(0), 0.64) == 1
 
 
+@pytest.mark.parametrize("sides", [(7, 4), (4, 7)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_stack_is_cut_to_what_one_of_its_matrices_needs(count, sides):
+    spectra = torch.tensor([[3.0, 2.0, 1.0, 0.0], [5.0, 0.5, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    w = torch.stack([matrix(*sides, seed=i, values=spectra[i % 3]) for i in range(count)])
+    torch.testing.assert_close(singular_values(w), spectra[torch.arange(count) % 3], rtol=1e-7, atol=1e-7)
+    for energy, of_one, of_all in ((0.6, 1, 3), (0.9, 2, 4), (0.93, 3, 4), (1.0, 4, 4)):
+        u, s, vh = svd_stack(w, energy=energy)
+        k = of_one if count == 1 else of_all
+        assert u.shape == (count, sides[0], k) and s.shape == (count, k) and vh.shape == (count, k, sides[1])
+        for i in range(count):
+            left, values, right = torch.linalg.svd(w[i], full_matrices=False)
+            best = (left[:, :k] * values[:k]) @ right[:k]
+            torch.testing.assert_close((u[i] * s[i]) @ vh[i], best, rtol=1e-9, atol=1e-9)
+            assert identity_error(u[i]) < 1e-11 and identity_error(vh[i].mT) < 1e-11
+            assert (vh[i].gather(1, vh[i].abs().argmax(1, keepdim=True)) > 0).all()
+    assert svd_stack(w, 2)[1].shape == (count, 2)
+
+
 def test_a_rank_outside_the_matrix_is_refused():
     for r in (0, 4):
         with pytest.raises(ValueError, match="3 × 5"):
             svd_top(torch.ones(3, 5), r)
+        with pytest.raises(ValueError, match="3 × 5"):
+            svd_stack(torch.ones(2, 3, 5), r)
 
 
 def test_signs_do_not_depend_on_those_of_the_factors():

@@ -86,6 +86,32 @@ def test_factorised_weights_are_trained_saved_and_go_on_to_the_same_bits(more, w
     assert code == 0, err
 
 
+@pytest.mark.parametrize(
+    "method, more, unlike",
+    [
+        ("trp", ["--energy", 0.5, "--period", 2, "--final-energy", 0.5], "--no-decompose"),
+        ("maestro", ["--importance-threshold", 0.5, "--shrink-steps", 3], "--no-shrink"),
+    ],
+)
+def test_what_a_method_does_in_the_end_is_done_before_the_model_is_saved(method, more, unlike, weft, words, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    code, said, err = weft(*words(tmp_path / "small", "--method", method, *more))
+    assert code == 0, err
+    assert weft(*words(tmp_path / "whole", "--method", method, *more, unlike))[0] == 0
+    small, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "whole"))
+    result, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("small", "whole"))
+    ranks = {name: m.rank for name, m in small.named_modules() if type(m).__name__ == "LowRank"}
+    assert result["ranks"] == ranks != {} == other["ranks"]
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert result["file_bytes"] < other["file_bytes"] and result["trainable"] == other["trainable"]
+    assert f"validation: loss {result['validation']['loss']:.4f}" in said
+    report = (tmp_path / "small" / "report.html").read_text()
+    assert f"{result['validation']['perplexity']:.4g}" in report
+    code, _, err = weft("export", tmp_path / "small", tmp_path / "dense", "--to", "dense")
+    assert code == 0, err
+
+
 def test_an_optimiser_of_trainer_takes_trainers_words(weft, words, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of methods whose defaults are for larg
     "relora": {"rank": 3, "lora_alpha": 3.0, "relora_steps": 4, "restart_warmup": 2},
     "sst": {"rank": 3, "iteration_steps": 2, "iterations": 2, "restart_warmup": 2},
     "maestro": {"gp_lambda": 1e-4, "importance_threshold": 0.02, "shrink_steps": 3},
+    "trp": {"period": 2, "nuclear_lambda": 1e-3},
 }
 # of methods that change gradients by design: the options by which they do not (their own tests have the change)
 PLAIN: dict[str, dict[str, Any]] = {"sst": {"enhanced": False}}

@@ -27,8 +27,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "spectral_plus_frozen": {"rank": 3},
     "factored_embedding": {"rank": 3, "mean": True},
     "low_rank_conv": {"rank": 3},
+    "vertical_horizontal_conv": {"rank": 3},
+    "decoupled_conv": {"rank": 3},
 }
-FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
+FULL: dict[str, Callable[..., dict[str, Any]]] = {
     "low_rank": lambda out, in_: {"rank": min(out, in_)},
     "dictionary": lambda out, in_: {"atoms": min(out, in_), "nonzeros": min(out, in_)},
     "block_semi_sparse": lambda out, in_: {"block_out": out, "block_in": in_, "kept": 4},
@@ -40,17 +42,19 @@ FULL: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "spectral": lambda out, in_: {"rank": min(out, in_)},
     "spectral_plus_frozen": lambda out, in_: {"rank": min(out, in_)},
     "factored_embedding": lambda out, in_: {"rank": min(out, in_)},
-    "low_rank_conv": lambda out, in_: {"rank": min(out, in_)},
+    "low_rank_conv": lambda out, in_, kh, kw: {"rank": min(out, in_ * kh * kw)},
+    "vertical_horizontal_conv": lambda out, in_, kh, kw: {"rank": min(in_ * kh, out * kw)},
+    "decoupled_conv": lambda out, in_, kh, kw: {"rank": min(in_, kh * kw)},
 }
 
 
 def structure(
-    layer: nn.Module, kind: str, options: dict[str, Any] | Callable[[int, int], dict[str, Any]]
+    layer: nn.Module, kind: str, options: dict[str, Any] | Callable[..., dict[str, Any]]
 ) -> Structured:
-    """The layer of a kind that stands for a stock one; options may depend on the sides of its weight as a matrix."""
+    """The layer of a kind that stands for a stock one; options may depend on the sides of its weight."""
     weight: Any = layer.weight.detach()
     weight = weight.mT if isinstance(layer, Conv1D) else weight
-    options = options(*weight.flatten(1).shape) if callable(options) else options
+    options = options(*weight.shape) if callable(options) else options
     if isinstance(layer, nn.Embedding):
         return kinds()[kind].from_dense(weight, padding_idx=layer.padding_idx, **options)
     if isinstance(layer, nn.Conv2d):
@@ -140,6 +144,8 @@ CASES = [
     ("bert", "dense_plus_low_rank"),
     ("bert_words", "factored_embedding"),
     ("resnet", "low_rank_conv"),
+    ("resnet", "vertical_horizontal_conv"),
+    ("resnet", "decoupled_conv"),
 ]
 # One kind in all its models, for what has to do with both.
 MORE_CASES = [*CASES, ("gpt2", "low_rank"), ("bert", "low_rank")]

@@ -26,7 +26,7 @@ def stock(kind: str, out: int, in_: int, *, bias: bool = True, dtype: torch.dtyp
     """The layer that a kind stands for, with weight and bias drawn in float64."""
     if kind == "factored_embedding":
         layer: nn.Module = nn.Embedding(out, in_, padding_idx=0)
-    elif kind == "low_rank_conv":
+    elif kind.endswith("_conv"):
         layer = nn.Conv2d(in_, out, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=bias)
     else:
         layer = nn.Linear(in_, out, bias=bias)
@@ -120,7 +120,7 @@ def test_what_others_see_is_the_stock_layer_without_its_weight(kind):
     layer, dense = made(kind, 17, 11, dtype=torch.bfloat16)
     assert layer.weight.shape == (0,) and layer.weight.dtype == torch.bfloat16 and "weight" in layer.state_dict()
     assert not any(name == "weight" for name, _ in layer.named_parameters())
-    if kind != "low_rank_conv":  # it says why
+    if not kind.endswith("_conv"):  # these say why
         assert isinstance(layer, type(dense)) and dense.extra_repr() in repr(layer)
         shown = {name: value for name, value in vars(dense).items() if name not in vars(nn.Module())}
         assert {name: getattr(layer, name) for name in shown} == shown

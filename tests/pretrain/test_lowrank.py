@@ -1,6 +1,7 @@
 """Plain low rank: the start is the nearest to what stood there."""
 
 import torch
+import transformers as hf
 from torch import nn
 
 import weft
@@ -24,3 +25,12 @@ def test_layers_right_inside_of_a_sequence_are_served():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     weft.reparametrise(model, "lowrank", rank=2)
     assert [type(m).__name__ for m in model] == ["LowRank", "ReLU", "LowRank"]
+
+
+def test_both_sides_of_an_encoder_decoder_are_served():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=30, **sizes, **heads))
+    weft.reparametrise(model, "lowrank", rank=2)
+    made = [name for name, m in model.named_modules() if type(m).__name__ == "LowRank"]
+    assert sum(".encoder." in name for name in made) == 6 and sum(".decoder." in name for name in made) == 20

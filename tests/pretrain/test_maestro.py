@@ -23,6 +23,7 @@ from weft.run import data, methods
 from weft.run.models import load_base
 from weft.run.settings import TrainSettings
 from weft.run.train import train
+from weft.steps import controllers
 
 LR = 0.05
 
@@ -528,23 +529,30 @@ def test_batch_norms_are_computed_anew_of_whole_layers() -> None:
         recalibrate(maestro(chain()), batches)
 
 
-def run(llama: Any, corpus: Any, output: Any, resume: bool = False) -> Any:
+def run(llama: Any, corpus: Any, output: Any, resume: bool = False, **options: Any) -> Any:
     base = load_base(str(llama), "causal-lm")
     splits = data.load_splits(str(corpus), "causal-lm", base.tokenizer, max_length=32)
-    chosen = methods.resolve("maestro", {"gp_lambda": 1e-3, "importance_threshold": 0.3, "shrink_steps": 3})
+    options = {"gp_lambda": 1e-3, "importance_threshold": 0.3, "shrink_steps": 3, **options}
+    chosen = methods.resolve("maestro", options)
     settings = TrainSettings(max_steps=8, batch_size=4, learning_rate=0.01, eval_steps=0, logging_steps=4, save_steps=4)
     return train(base, splits, chosen, settings, output, resume=resume, progress=False)
 
 
 def test_a_killed_run_goes_on_where_it_was(llama: Any, corpus: Any, tmp_path: Any) -> None:
-    whole = run(llama, corpus, tmp_path / "whole")
+    whole = run(llama, corpus, tmp_path / "whole", shrink=False)
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
-    again = run(llama, corpus, tmp_path / "killed", resume=True)
+    again = run(llama, corpus, tmp_path / "killed", resume=True, shrink=False)
     expected = whole.model.state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in again.model.state_dict().items())
     widths = controller(again.model).widths
     assert widths == controller(whole.model).widths and sum(widths) < sum(m.rank for m in layers(again.model).values())
     assert whole.curve[0]["loss"] < 20  # without the penalty
+    small = run(llama, corpus, None)
+    sizes = {n: (m.out_features, m.in_features) for n, m in layers(whole.model).items()}
+    pays = {n: w for (n, (out, in_)), w in zip(sizes.items(), widths) if w * (out + in_) < out * in_}
+    assert small.ranks == pays != {} and not any(controllers(small.model))
+    assert small.file_bytes < whole.file_bytes
+    assert abs(small.validation["loss"] - whole.validation["loss"]) < 1e-5
 
 
 # --- what is proved ---------------------------------------------------------------------------------------------------

@@ -61,6 +61,30 @@ def _without_squaring(x: Tensor, s: Tensor, v: Tensor, head: int) -> tuple[Tenso
     )
 
 
+def svd_stack(w: Tensor, r: int | None = None, *, energy: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """As `svd_top`, of every matrix of a stack w (n × out × in): U (n × out × r), S (n × r), Vᵀ (n × r × in).
+
+    Without r, as many triplets of each as the one that needs the most for `energy` of its own Σσ². Where there are
+    several they go through LAPACK in w's dtype: of small ones the Gram matrices would save a third of the time.
+    """
+    if len(w) == 1:
+        u, s, vh = svd_top(w[0], r, energy=energy)
+        return u[None], s[None], vh[None]
+    out, in_ = w.shape[1:]
+    if r is not None and not 1 <= r <= min(out, in_):
+        raise ValueError(f"r={r} is not within 1..{min(out, in_)}, the ranks of {out} × {in_} matrices")
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    r = max(rank_for_energy(each, energy) for each in s) if r is None else r
+    u, vh = canonical_signs(u[..., :r], vh[:, :r])
+    return u.contiguous(), s[:, :r].contiguous(), vh.contiguous()
+
+
+def singular_values(w: Tensor) -> Tensor:
+    """All singular values of w (… × out × in), descending, float64: to 2e-8 of the largest, as squares have them."""
+    x = w.double() if w.shape[-2] >= w.shape[-1] else w.double().mT
+    return torch.linalg.eigvalsh(x.mT @ x).flip(-1).clamp(min=0).sqrt()
+
+
 def svd_sketch(
     w: Tensor, r: int, *, oversample: int, power: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,12 +289,12 @@ def _all_left_vectors(m: Tensor, k: int, squares: torch.dtype) -> tuple[Tensor, 
 def canonical_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     """Flip pairs (u_i, v_i) so that the largest-magnitude entry of every v_i is positive."""
     sign = _row_signs(vh)
-    return u * sign, vh * sign[:, None]
+    return u * sign[..., None, :], vh * sign[..., None]
 
 
 def _row_signs(vh: Tensor) -> Tensor:
     """The sign of each row's largest-magnitude entry, 1 for a zero row."""
-    pivot = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    pivot = vh.gather(-1, vh.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
     return torch.where(pivot < 0, -1.0, 1.0).to(vh)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from weft.errors import UsageError
 from weft.registry import MethodConfig
@@ -31,6 +31,6 @@ class PretrainConfig(MethodConfig):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise UsageError(f"rank={rank!r} must be a whole number of at least 1")
 
-    def choose(self, names: list[str]) -> list[str]:
-        """Which of the matching layers, in the model's order, are factorised."""
-        return names
+    def choose(self, layers: dict[str, Any]) -> list[str]:
+        """Which of the matching layers, by name in the model's order, are factorised."""
+        return list(layers)

@@ -5,6 +5,10 @@ A method file defines two functions: `spec(config, out, in_)`, what config.json 
 acts in time is a `weft.steps.Controller` that the file may define besides: `relora` → `ReloraController`. Its parts are
 the layers that were made. A config whose `convolutions` is true has Conv2d served as well; `spec` is then given their
 kernel's size besides, with in·kh·kw as the width.
+
+A file without those two functions leaves the layers what they are, and only its controller acts on them. Where a file
+has `finish(config, model)`, that is what becomes of the model once it is trained: `weft pretrain` and `weft adapt` call
+it before they save. It says whether the model is another one then.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft import registry
 from weft.algebra.random import generator
-from weft.anatomy import blocks
+from weft.anatomy import all_blocks
 from weft.errors import UsageError
 from weft.linear._structured import Structured, bare_linear, empty
 from weft.linear._transformers import attach_format
@@ -50,7 +54,9 @@ def reparametrise(model: nn.Module, method: str, **options: Any) -> nn.Module:
     made = {}
     for name, layer in layers.items():
         try:
-            made[name] = _made(maker, config, name, layer)
+            if getattr(layer, "controllers", None):
+                raise UsageError(f"it is trained as {', '.join(layer.controllers)} already")
+            made[name] = _made(maker, config, name, layer) if hasattr(maker, "spec") else layer
         except UsageError as error:
             raise UsageError(f"{card.slug}: {name}: {error}") from error
     before = sum(p.numel() for p in model.parameters())
@@ -74,7 +80,7 @@ def targets(model: nn.Module, config: PretrainConfig) -> dict[str, Any]:
 
     Raises UsageError, with a list of what there is, where nothing matches.
     """
-    inside = blocks(model)
+    inside = all_blocks(model)
     anywhere = not inside or (config.convolutions and any(map(_convolutional, inside.values())))
     chosen = selection(config.target_modules, None)
     found, there = {}, set()
@@ -91,7 +97,7 @@ def targets(model: nn.Module, config: PretrainConfig) -> dict[str, Any]:
         there.add(name.rpartition(".")[2])
         if chosen(name):
             found[name] = module
-    found = {name: found[name] for name in config.choose(list(found))}
+    found = {name: found[name] for name in config.choose(found)}
     if not found:
         names = ", ".join(sorted(there)) or "none that it serves"
         raise UsageError(f"target_modules={config.target_modules!r} match nothing to factorise: there are {names}")
@@ -128,6 +134,15 @@ def _hang(kind: type[Controller], config: PretrainConfig, layers: dict[str, Any]
         layer.controllers = {config.slug(): controller}
         layer.register_forward_pre_hook(_watch)
         layer.register_load_state_dict_post_hook(_forget)
+
+
+def release(model: nn.Module) -> None:
+    """Let no controller act on the model's layers any more. Their parameters are new ones, as hooks hang on the old."""
+    for module in model.modules():
+        if getattr(module, "controllers", None):
+            module.controllers = {}  # type: ignore[assignment]
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(p.detach(), p.requires_grad))
 
 
 def _watch(layer: Any, inputs: Any) -> None:

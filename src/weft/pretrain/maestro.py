@@ -28,7 +28,8 @@ component could learn. The pass of the whole model beside each sampled one, with
 trains without. Of a transformers model the linear layers of the blocks are factorised, and all convolutions.
 
 Trained: m·(in + out) numbers a layer, more than the dense ones until they are cut. A linear map: `shrink` and
-`weft export --to dense` both give stock layers where these are smaller.
+`weft export --to dense` both give stock layers where these are smaller. At the end of `weft pretrain` and `weft adapt`
+`shrink` is called, and what is saved is the small model; without (shrink=False) it can still be cut by `truncate`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.algebra.random import generator
 from weft.algebra.svd import svd_top
@@ -88,6 +89,7 @@ class MaestroConfig(PretrainConfig):
     hierarchical: bool = field(default=True, metadata={"help": "norms of suffixes, or of single components"})
     ignore_first: int = field(default=0, metadata={"help": "leave so many layers dense, from the first on"})
     ignore_last: bool = field(default=False, metadata={"help": "leave the last layer dense"})
+    shrink: bool = field(default=True, metadata={"help": "leave out what was dropped, at the end of a run"})
 
     def validate(self) -> None:
         if self.rank is not None:
@@ -98,7 +100,8 @@ class MaestroConfig(PretrainConfig):
         if self.sampler not in ("per_layer", "uniform"):
             raise UsageError(f"sampler={self.sampler!r} must be per_layer or uniform")
 
-    def choose(self, names: list[str]) -> list[str]:
+    def choose(self, layers: dict[str, Any]) -> list[str]:
+        names = list(layers)
         chosen = names[self.ignore_first : len(names) - self.ignore_last]
         if names and not chosen:
             raise UsageError(
@@ -232,3 +235,13 @@ class MaestroController(Controller):
             kept = state[f"kept.{layer.name}"]
             layer.up.kept.copy_(kept.view_as(layer.up.kept))
             self.widths[i] = int(kept.sum())
+
+
+# --- afterwards -----------------------------------------------------------------------------------------------------
+
+
+def finish(config: MaestroConfig, model: nn.Module) -> bool:
+    """What becomes of the model at the end of a run; whether it is another one then."""
+    if config.shrink:
+        shrink(model)
+    return config.shrink

@@ -248,7 +248,7 @@ def resolve(name: str, options: dict[str, Any] | None = None, *, from_scratch: b
         card = registry.card(trains)
         recipe = resolve("full", from_scratch=from_scratch).recipe | _own_recipe(card, from_scratch)
         weights = config_class.from_options(given)  # type: ignore[attr-defined]
-        return Method(name, None, recipe, card.knob, given, weights=weights)
+        return Method(name, None, recipe, card.knob or None, given, weights=weights)
     fields = dict(given)
     if trains.startswith("peft:"):
         kind, variant = _peft_kinds()[trains.removeprefix("peft:")]
@@ -513,6 +513,12 @@ def attach(
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"{method.name}: {_one_sentence(error)}") from error
+
+
+def finish(method: Method, model: nn.Module) -> bool:
+    """Do with the trained model what the method does in the end, in place; whether it is another one then."""
+    ending = getattr(registry.load(method.trains), "finish", None) if method.weights is not None else None
+    return ending is not None and ending(method.weights, model)
 
 
 def _train_head_only(model: Any) -> nn.Module:

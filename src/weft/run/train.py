@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
+from weft.linear._structured import Structured
 from weft.run import checkpoints
 from weft.run import methods as _methods
 from weft.run.data import Splits, collate
@@ -60,7 +61,7 @@ class TrainResult:
         seconds: wall time of this process's part, set-up and evaluation included.
         file_bytes: bytes of the tensors that a user would pass on.
         optimizer_bytes: bytes of the optimiser's state after the last step.
-        ranks: the rank of each adapted module, for methods that have one.
+        ranks: the rank of each adapted module, or of each layer that is of low rank in the end, where there is one.
     """
 
     model: nn.Module
@@ -180,8 +181,12 @@ def train(
         curve = watch.curve
         if watch.evaluated[0] == steps:
             validation = watch.evaluated[1]
-    validation = validation or shared_evaluation(model, splits.validation, splits, settings)
+    finished = _methods.finish(method, model)
+    if finished or not validation:
+        validation = shared_evaluation(model, splits.validation, splits, settings)
     file_bytes, ranks = _released(model, method)
+    if finished:
+        ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, Structured)}
     return TrainResult(
         model=model,
         trainable=trainable,
