@@ -1,4 +1,4 @@
-"""All compression methods on three small language models, at four shares of the bits, and the papers' orderings there.
+"""All one-shot compression methods on three small language models, at four shares, and the papers' orderings there.
 
     python benchmarks/compression_studies.py --data-dir DIR                 all of them, one after the other
     python benchmarks/compression_studies.py --data-dir DIR --task prose    one: pycode, stories or prose
@@ -25,6 +25,7 @@ from pathlib import Path
 import weft
 from weft.report.study import parse
 from weft.report.tradeoffs import Tradeoffs, digest
+from weft.run.distil import learns
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TASKS = ("pycode", "stories", "prose")
@@ -87,7 +88,7 @@ def main() -> None:
     args, passed = parser.parse_known_args()
     if not args.orderings and args.data_dir is None and args.task != "pycode":
         parser.error("--data-dir is missing: the folder with models and texts")
-    methods = ",".join(sorted(weft.cards("compress")))
+    methods = ",".join(slug for slug in sorted(weft.cards("compress")) if not learns(slug))
     for task in [args.task] if args.task else TASKS:
         output = RESULTS / f"compress_{task}"
         if not args.orderings:

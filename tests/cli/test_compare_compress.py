@@ -101,6 +101,7 @@ def test_what_cannot_be_compared(refuse, llama, corpus, tmp_path):
         assert not (tmp_path / "out").exists()
 
     bad(methods="svd,svdd", says=("'svdd'", "did you mean 'svd'"))
+    bad(methods="svd,pela", says=("pela learns by training", "weft compress trains it"))
     bad(keep="0.5,lots", says=("--keep 'lots' is not a number",))
     bad(keep="0", says=("--keep 0",))
     bad(model=tmp_path / "none", says=("none", "neither a folder"))

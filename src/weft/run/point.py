@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import registry
 from weft.errors import UsageError, nearest
-from weft.run import compress, costs, evaluate, fidelity, models, sources
+from weft.run import compress, costs, distil, evaluate, fidelity, models, sources
 from weft.run.single import sentence, without_nan
 from weft.run.study import Row
 from weft.run.tradeoffs import DENSE, PILLAR, Point, Study, empty_row, saves_reading, study_from
@@ -39,6 +39,11 @@ def request(study: Study, method: str, keep: float) -> compress.Request:
     Raises UsageError for options that the method does not have or cannot take.
     """
     keys = compress.method_keys_of(method)
+    if distil.learns(method):
+        raise UsageError(
+            f"{method} learns by training, and this comparison is of what is made at once: weft compress trains it, "
+            "and weft evaluate measures the result"
+        )
     knob = registry.card(method, PILLAR).knob
     settings = dict(study.options.get(method, {}))
     for name in settings:
