@@ -133,30 +133,43 @@ def order(better: np.ndarray, other: np.ndarray, dense: np.ndarray) -> str:
     return f"{word}, {(better - other).mean():+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
 
 
-def tables(document: dict[str, Any]) -> Iterator[str]:
+def findings(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Method, claim, corpus, and what was found of it: a word, and a difference with its interval."""
     dense = {corpus: np.array(document["dense"][corpus]) for corpus in CORPORA}
     for name, rows in document["claims"].items():
-        yield f"\n{name}: " + ", ".join(f"dense {dense[c].mean():.3f} on {c}" for c in CORPORA) + "\n"
+        for better, other in pairs(name):
+            for corpus in CORPORA:
+                found = order(np.array(rows[better][corpus]), np.array(rows[other][corpus]), dense[corpus])
+                yield name, f"{better} below {other}", corpus, f"{found} nats"
+        for label in rows if name == "r_sparse" else ():
+            for corpus in CORPORA:
+                share = (np.array(rows[label][corpus]) - dense[corpus]) / dense[corpus].mean()
+                low, high = interval(share)
+                word = "holds" if share.mean() <= 0.01 else "reversed"
+                found = f"{word}, {share.mean():+.2%} ({low:+.2%} to {high:+.2%})".replace("-", "−")
+                yield name, f"{label} within 1 % of the dense loss", corpus, found
+
+
+def tables(document: dict[str, Any]) -> Iterator[str]:
+    for name, rows in document["claims"].items():
+        yield f"\n{name}: " + ", ".join(f"dense {np.mean(document['dense'][c]):.3f} on {c}" for c in CORPORA) + "\n"
         yield "| | share | error | " + " | ".join(CORPORA) + " |\n| --- | --- | --- | --- | --- |"
         for label, row in rows.items():
             error = f"{row['error']:.4f}" if "error" in row else ""
             cells = [label, f"{row['keep']:.3f}", error, *(f"{np.mean(row[c]):.3f}" for c in CORPORA)]
             yield f"| {' | '.join(cells)} |"
         yield ""
-        for better, other in pairs(name):
-            said = [order(np.array(rows[better][c]), np.array(rows[other][c]), dense[c]) for c in CORPORA]
-            yield f"- {better} below {other}: " + "; ".join(f"{c} {words}" for c, words in zip(CORPORA, said))
-        if name == "welore":
-            for keep in KEEPS:
-                own, plain = rows[f"welore, keep {keep}"]["keep"], rows[f"svd, welore's error at {keep}"]["keep"]
-                yield f"- at welore's error at keep {keep}: {own:.3f} of the bits, and svd {plain:.3f}"
-        if name == "r_sparse":
-            for label, row in rows.items():
-                shares = [(np.array(row[c]) - dense[c]) / dense[c].mean() for c in CORPORA]
-                said = [(share.mean(), *interval(share)) for share in shares]
-                words = "; ".join(f"{c} {m:+.1%} ({a:+.1%} to {b:+.1%})" for c, (m, a, b) in zip(CORPORA, said))
-                word = "holds" if all(m <= 0.01 for m, _, _ in said) else "reversed"
-                yield f"- {label} within 1 % of the dense loss: {word}, {words.replace('-', '−')}"
+        for slug, claim, corpus, found in findings(document):
+            if slug == name:
+                yield f"- {claim}: {corpus} {found}"
+        for keep in KEEPS if name == "welore" else ():
+            own, plain = rows[f"welore, keep {keep}"]["keep"], rows[f"svd, welore's error at {keep}"]["keep"]
+            yield f"- at welore's error at keep {keep}: {own:.3f} of the bits, and svd {plain:.3f}"
+
+
+def out(model: str) -> Path:
+    """Where a model's figures lie."""
+    return Path(__file__).parent / "results" / "compression" / "claims" / f"{model}.json"
 
 
 def pairs(name: str) -> list[tuple[str, str]]:
@@ -176,14 +189,14 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     path = args.data_dir / "models" / args.model
-    out = Path(__file__).parent / "results" / "compression" / "claims" / f"{args.model}.json"
+    file = out(args.model)
     windows = corpora(args.data_dir, AutoTokenizer.from_pretrained(path))
     batches = [{"input_ids": ids} for ids in windows["calibration"].split(8)]
 
     def fresh() -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
-    before = json.loads(out.read_text(encoding="utf-8"))["claims"] if out.exists() else {}
+    before = json.loads(file.read_text(encoding="utf-8"))["claims"] if file.exists() else {}
     document = {
         "command": "python benchmarks/compression_claims.py --data-dir DIR",
         "device": processor(),
@@ -192,15 +205,15 @@ def main() -> None:
         "dense": tested(fresh(), windows),
         "claims": before,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     for run in (armor, welore, r_sparse):
         name = run.__name__
         if args.only not in (None, name) or (name in before and args.only is None):
             continue
         document["claims"][name] = run(fresh, windows, batches)
-        draft = out.with_suffix(".part")
+        draft = file.with_suffix(".part")
         draft.write_text(json.dumps(document), encoding="utf-8")
-        draft.replace(out)
+        draft.replace(file)
     print("\n".join(tables(document)))
 
 

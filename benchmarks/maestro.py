@@ -211,43 +211,54 @@ def marks(row: dict[str, Any], share: str, count: int) -> np.ndarray:
     return np.unpackbits(packed)[:count].astype(float)
 
 
-def table() -> dict[str, dict[str, dict[float, float]]]:
-    """Print what the whole runs found; the accuracies by task and method."""
-    curves: dict[str, dict[str, dict[float, float]]] = {}
+def accuracies() -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """By task, share and way of training, how often each test image was classified right; of finished tasks."""
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name, count in (("digits", 2000), ("cifar", 1000)):
-        runs = [row for row in rows() if row["phase"] == "finished" and row["task"] == name]
-        by = {how: [row for row in runs if row["method"] == how] for how in ("dense", "maestro")}
-        if not all(len(found) == len(SEEDS) for found in by.values()):
-            continue
+        by = runs(name)
+        if all(len(mine) == len(SEEDS) for mine in by.values()):
+            found[name] = {
+                share: {how: np.mean([marks(row, share, count) for row in mine], 0) for how, mine in by.items()}
+                for share in by["dense"][0]["cuts"]
+            }
+    return found
+
+
+def runs(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The whole runs of a task, by how they were trained."""
+    mine = [row for row in rows() if row["phase"] == "finished" and row["task"] == name]
+    return {how: [row for row in mine if row["method"] == how] for how in ("dense", "maestro")}
+
+
+def table() -> Iterator[str]:
+    for name, curves in accuracies().items():
+        by = runs(name)
         left = ", ".join(f"{row['left']:.2f}" for row in by["maestro"])
         settings = "; ".join(f"{how} at rate {by[how][0]['rate']:g}" for how in by)
-        print(f"\n{name}: {settings}, λ {by['maestro'][0]['gp_lambda']:g}; trained, Maestro is left with {left}\n")
-        print("| multiplications | dense, then SVD | Maestro | Maestro − SVD | |\n| --- | --- | --- | --- | --- |")
-        curves[name] = {how: {} for how in by}
-        for share in runs[0]["cuts"]:
-            each = {how: np.mean([marks(row, share, count) for row in found], 0) for how, found in by.items()}
-            for how, values in each.items():
-                curves[name][how][float(share)] = float(values.mean())
+        yield f"\n{name}: {settings}, λ {by['maestro'][0]['gp_lambda']:g}; trained, Maestro is left with {left}\n"
+        yield "| multiplications | dense, then SVD | Maestro | Maestro − SVD | |\n| --- | --- | --- | --- | --- |"
+        for share, each in curves.items():
             low, high = interval(each["maestro"] - each["dense"])
             word = "Maestro" if low > 0 else "SVD" if high < 0 else "tie"
-            shown = [f"{value.mean():.1%}" for value in each.values()]
+            shown = " | ".join(f"{each[how].mean():.1%}" for how in by)
             apart = f"{(each['maestro'] - each['dense']).mean():+.1%} ({low:+.1%} to {high:+.1%})".replace("-", "−")
-            print(f"| {share} | {shown[0]} | {shown[1]} | {apart} | {word} |")
-    return curves
+            yield f"| {share} | {shown} | {apart} | {word} |"
 
 
-def draw(curves: dict[str, dict[str, dict[float, float]]]) -> None:
+def draw() -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "weft", "font.family": "sans-serif", "font.size": 9}
     from matplotlib import pyplot as plt
 
-    figure, cells = plt.subplots(1, len(curves), figsize=(7.2, 3), squeeze=False)
-    names = {"dense": "trained dense, then SVD", "maestro": "Maestro"}
-    for cell, (name, lines) in zip(cells[0], curves.items()):
-        for (how, values), colour, mark in zip(lines.items(), ("#8a8a8a", "#1f5f8b"), "so"):
-            cell.plot([*values], [100 * v for v in values.values()], marker=mark, ms=4, color=colour, label=names[how])
+    found = accuracies()
+    figure, cells = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3), squeeze=False)
+    looks = {"dense": ("trained dense, then SVD", "#8a8a8a", "s"), "maestro": ("Maestro", "#1f5f8b", "o")}
+    for cell, (name, curves) in zip(cells[0], found.items()):
+        for how, (label, colour, mark) in looks.items():
+            means = [100 * each[how].mean() for each in curves.values()]
+            cell.plot([float(share) for share in curves], means, marker=mark, ms=4, color=colour, label=label)
         cell.set(title=name, xlabel="multiplications, of the dense layers'", xscale="log")
         cell.spines[["top", "right"]].set_visible(False)
         cell.grid(alpha=0.25)
@@ -277,9 +288,9 @@ def main() -> None:
             rate, gp_lambda = chosen(name, make, method)
             for seed in SEEDS:
                 once(finished, name, make, method=method, seed=seed, rate=rate, gp_lambda=gp_lambda)
-    curves = table()
+    print("\n".join(table()))
     if args.draw:
-        draw(curves)
+        draw()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process a core
 
+import studies
 from ledger import judge
 
 import weft
@@ -84,7 +85,8 @@ def page() -> str:
         "refutes a paper; it tells whether the mechanism does what it is said to do. Figures are means over seeds,",
         "each with a problem, a model and data of its own, followed by the 95 % bootstrap interval of the paired",
         "difference or ratio; learning rates are chosen on validation data, for every contender alike. `python",
-        "benchmarks/claims` measures them all and writes this page; `--only <method>` measures one.",
+        "benchmarks/claims` measures them all and writes this page; `--only <method>` measures one. What studies on",
+        "[real models](#on-real-models-and-data) found stands at the end.",
     ]
     sections, summary = [], []
     for slug in slugs():
@@ -102,6 +104,7 @@ def page() -> str:
         sections += ["", f"*Not testable here:* {module.NOT_HERE}"]
         sections += ["", f"`python benchmarks/claims --only {slug}`"]
     lines += ["", "| method | claim | what was tried of it |", "| --- | --- | --- |", *summary, *sections]
+    lines += ["", *studies.page()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,112 @@
+"""What the studies on real models and data say of the papers: lines of the ledger, from the results that lie there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ledger import interval
+
+from weft.report.study import read
+from weft.run.ranking import Pair
+
+BENCHMARKS = Path(__file__).parents[1]
+STUDIES = BENCHMARKS.parent / "docs" / "results"
+sys.path.append(str(BENCHMARKS))  # each study's own file knows how to read its results
+
+
+@dataclass(frozen=True)
+class Line:
+    """One claim: whose, what it says, what was found, and the word for that."""
+
+    method: str
+    claim: str
+    found: str
+    word: str
+
+
+# study of `weft compare`, method, claim in words, who is said to be better than whom
+TRAINED = (
+    ("fine-tuning", "galore", "as good as AdamW on all weights", "full@galore", "full@hf:adamw_torch"),
+    ("fine-tuning", "owlore", "layers drawn by their outliers beat a LoRA", "full@owlore", "peft:lora"),
+    ("fine-tuning", "owlore", "layers drawn by their outliers beat ones drawn evenly", "full@owlore", "full@owlore#uniform"),
+    ("fine-tuning", "owlore", "layers drawn by their outliers beat GaLore", "full@owlore", "full@galore"),
+    ("fine-tuning", "sara", "small weights, trained, beat a LoRA of equal size", "full@sara", "peft:lora"),
+    ("fine-tuning", "lora_pro", "gradients near to full ones beat plain LoRA", "peft:lora@lora_pro", "peft:lora"),
+)
+COMMANDS = {
+    "fine-tuning": "python benchmarks/optimiser_studies.py --data-dir DIR --study fine-tuning",
+    "resnet20": "python benchmarks/compress_convolutions.py --data-dir DIR",
+    "mobilefacenet": "python benchmarks/compress_convolutions.py --data-dir DIR --model mobilefacenet",
+    "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
+    "maestro": "python benchmarks/maestro.py --data-dir DIR",
+}
+MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
+
+
+def told(difference: float, low: float, high: float, unit: str = "") -> str:
+    """A difference with its interval."""
+    scale = 100 if unit == "points" else 1
+    one, two, three = (f"{scale * value:+.3g}" for value in (difference, low, high))
+    return f"{one} ({two} to {three}){' ' + unit if unit else ''}".replace("-", "−")
+
+
+def trained() -> Iterator[tuple[str, Line]]:
+    """Of the studies of `weft compare`: lower losses are better."""
+    for study, method, claim, better, other in TRAINED:
+        if not (STUDIES / study / "results.jsonl").exists():
+            continue
+        pair: Pair = read(STUDIES / study).ranking.pair(better, other)
+        word = {better: "holds", other: "reversed", None: "tie"}[pair.better]
+        found = f"{better} against {other}: {told(pair.difference, pair.low, pair.high)} nats"
+        yield study, Line(method, claim, found, word)
+
+
+def convolutions() -> Iterator[tuple[str, Line]]:
+    for name in ("resnet20", "mobilefacenet"):
+        path = BENCHMARKS / "results" / "convolutions" / f"{name}.json"
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
+            low, high = row["interval"]
+            word = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+            found = f"{name}, shared out by {row['allocate']}: {told(row['apart'], low, high, 'points')}"
+            yield name, Line("atomic_feature_mimicking", MIMICKED.format(keep=row["keep"]), found, word)
+
+
+def compressed() -> Iterator[tuple[str, Line]]:
+    import compression_claims as claims
+
+    if not claims.out("prose7m_llama").exists():
+        return
+    document = json.loads(claims.out("prose7m_llama").read_text(encoding="utf-8"))
+    for name, claim, corpus, found in claims.findings(document):
+        word, _, difference = found.partition(", ")
+        yield "prose7m", Line(name, claim, f"{corpus}: {difference}", word)
+
+
+def cut() -> Iterator[tuple[str, Line]]:
+    import maestro
+
+    for task, curves in maestro.accuracies().items():
+        for share, each in curves.items():
+            apart = each["maestro"] - each["dense"]
+            low, high = interval(apart)
+            word = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+            claim = f"trained in order, then cut to {share} of the multiplications, beats SVD of the dense model"
+            yield "maestro", Line("maestro", claim, f"{task}: {told(float(np.mean(apart)), low, high, 'points')}", word)
+
+
+def page() -> Iterator[str]:
+    """The part of the ledger that is measured on real models."""
+    yield from ("## On real models and data", "")
+    yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
+    yield "is better but has twice the dense model's perplexity is *collapsed*."
+    for run in (trained, compressed, convolutions, cut):
+        lines = list(run())
+        for study in dict.fromkeys(study for study, _ in lines):
+            yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
+            yield from (f"| `{x.method}` | {x.claim} | {x.found} | **{x.word}** |" for s, x in lines if s == study)
+            yield from ("", f"`{COMMANDS[study]}`")
