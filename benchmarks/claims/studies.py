@@ -32,9 +32,9 @@ class Line:
 # study of `weft compare`, method, claim in words, who is said to be better than whom
 TRAINED = (
     ("fine-tuning", "galore", "as good as AdamW on all weights", "full@galore", "full@hf:adamw_torch"),
-    ("fine-tuning", "owlore", "layers drawn by their outliers beat a LoRA", "full@owlore", "peft:lora"),
-    ("fine-tuning", "owlore", "layers drawn by their outliers beat ones drawn evenly", "full@owlore", "full@owlore#uniform"),
-    ("fine-tuning", "owlore", "layers drawn by their outliers beat GaLore", "full@owlore", "full@galore"),
+    ("fine-tuning", "owlore", "layers drawn by outliers beat a LoRA", "full@owlore", "peft:lora"),
+    ("fine-tuning", "owlore", "layers drawn by outliers beat ones drawn evenly", "full@owlore", "full@owlore#uniform"),
+    ("fine-tuning", "owlore", "layers drawn by outliers beat GaLore", "full@owlore", "full@galore"),
     ("fine-tuning", "sara", "small weights, trained, beat a LoRA of equal size", "full@sara", "peft:lora"),
     ("fine-tuning", "lora_pro", "gradients near to full ones beat plain LoRA", "peft:lora@lora_pro", "peft:lora"),
 )
