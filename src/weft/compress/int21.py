@@ -10,12 +10,12 @@ Language Models with Error Correction through Low-Rank Adaptation", arXiv 2306.0
 Training moves A and B of all layers together, and nothing else: later factors correct what earlier codes did. No label
 is read, only text; the loss is of the outputs (`loss`: kl, cross_entropy with the teacher's probabilities, which has
 the same gradients, or mse of the logits), computed in float32, at temperature 1. Which of these the paper takes, its
-rate and its data are not known here.
+rate and its data are not known here; the recipe is weft's.
 
-The start is quantised, and B = 0: it is the quantised model, whatever A, which is drawn. `start="svd"` has for B·A the
-nearest product to W − Wq instead. `quantiser="gptq"` lets columns make up for what others lost on calibration data;
-"nearest" rounds each weight alone, and needs none. Grids are asymmetric, hold 0, and reach a group's least and largest
-weight.
+The start has B = 0: it is the quantised model, whatever A, which is drawn by `seed`. `start="svd"` has for B·A the
+nearest product to W − Wq instead. `quantiser="gptq"` lets columns make up for what others lost on calibration
+data, whose second moment is raised by `damping` of its mean; "nearest" rounds each weight alone, and needs none. Grids
+are asymmetric, hold 0, and reach a group's least and largest weight.
 
 A layer stores bits·out·in bits of codes, r·(in + out) numbers of the model's, and 16 + bits bits a group. The 2.1 bits
 of the paper's name are those of LLaMA-7B at rank 16, without the groups: 0.099 bits a weight for the factors. Groups of
@@ -62,9 +62,9 @@ CARD = Card(
     summary="codes of 2 to 8 bits, and low-rank factors trained until the outputs are the whole model's again",
     knob="keep",
     needs=("data",),
-    recipe={"learning_rate": 3e-4, "weight_decay": 0.0, "warmup_ratio": 0.05, "lr_scheduler_type": "cosine"},
-    limitations="Of two bits and untrained a model is of no use. Training holds the whole model beside it; the factors "
-    "cannot be merged into the codes.",
+    recipe={"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.05, "lr_scheduler_type": "cosine"},
+    limitations="Its training holds the whole model beside it. The factors cannot be merged into the codes; beside "
+    "narrow layers they take more bits than the codes.",
     reasons={
         "fixed_point": "bits, group_size and rank say what is kept of a layer: more it does not store, and less only "
         "by smaller ranks",
