@@ -71,10 +71,11 @@ def seven_billion() -> nn.Module:
 
 
 def test_the_bits_of_the_papers_name_are_those_of_the_factors_and_the_groups_come_on_top() -> None:
-    def stored(**options: Any) -> int:
-        return sum(row.bits for row in plan(seven_billion(), "int21", **options))
-
     model, rank = seven_billion(), 16
+
+    def stored(**options: Any) -> int:
+        return sum(row.bits for row in plan(model, "int21", **options))
+
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
     weights = sum(m.weight.numel() for m in matrices)
     factors = sum(rank * (m.in_features + m.out_features) for m in matrices)
