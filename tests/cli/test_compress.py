@@ -272,6 +272,17 @@ def test_a_method_that_learns_is_trained(weft, words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "start"]
 
 
+def test_a_method_may_train_a_part(weft, words, tmp_path):
+    """INT2.1 trains its factors; the report counts those alone, and all else is as it was at the start."""
+    options = ("--keep", 0.9, "--rank", 2, "--group-size", 16)
+    for name, train in (("start", "steps=0"), ("out", "steps=3,learning_rate=0.01")):
+        assert weft(*words("--train", train, *options, method="int21", output=name))[0] == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    moved = {name for name, t in before.items() if not torch.equal(t, after[name])}
+    assert moved == {name for name in before if name.endswith((".up.weight", ".down.weight"))}
+    assert report(tmp_path / "out")["training"]["trainable"] == sum(before[name].numel() for name in moved)
+
+
 def test_trained_and_then_recovered(weft, words, tmp_path):
     assert weft(*words(*TRAINING, *RECOVERY, method="pela"))[0] == 0
     told = report(tmp_path / "out")

@@ -67,7 +67,10 @@ def inputs(layer, dtype):
 
 
 # settings at which a method loses nothing, where that is not its largest size
-FULL = {"r_sparse": {"target_sparsity": 0, "sparse_ratio": 1, "prefill_ratio": 0.999}}
+FULL = {
+    "r_sparse": {"target_sparsity": 0, "sparse_ratio": 1, "prefill_ratio": 0.999},
+    "int21": {"rank": 99, "start": "svd"},
+}
 
 
 def keeping(method, share):

@@ -40,8 +40,12 @@ class Seen:
 
 
 class Objective(Generic[C]):
-    """What a method learns by: the loss of the task and what it adds. The teacher is frozen, and in evaluation."""
+    """What a method learns by: the loss of the task and what it adds. The teacher is frozen, and in evaluation.
 
+    All of the student is trained. A method that trains a part of it asks no gradient of the rest when it is made.
+    """
+
+    task_weight = 1.0  # of the task's own loss; with 0 it is not computed, and rows need no labels
     reads_blocks = False  # what `Seen.blocks` holds
     reads_teacher = True  # whether the teacher is run beside the student
 
@@ -86,7 +90,11 @@ class Distilling:
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
         with watched(ours.student, ours.reads_blocks) as own:
-            loss, outputs = trainer.compute_loss(model, inputs, True, num_items_in_batch)
+            if ours.task_weight:
+                loss, outputs = trainer.compute_loss(model, inputs, True, num_items_in_batch)
+                loss = ours.task_weight * loss
+            else:
+                loss, outputs = 0.0, model(**without_labels(inputs))
         whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
         args: Any = self.args  # type: ignore[attr-defined]
         for term in ours.terms(Seen(outputs["logits"], own), _taught(ours, inputs)):
@@ -117,9 +125,13 @@ def _taught(ours: Objective[Any], inputs: dict[str, Any]) -> Seen:
     """What the teacher makes of a batch; nothing where the objective does not read it."""
     if not ours.reads_teacher:
         return Seen(torch.empty(0))
-    asked = {name: value for name, value in inputs.items() if name != "labels"}
     with watched(ours.teacher, ours.reads_blocks) as seen:
-        return Seen(ours.teacher(**asked).logits, seen)
+        return Seen(ours.teacher(**without_labels(inputs)).logits, seen)
+
+
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a model is called with where its own loss is of no use."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 @contextmanager
@@ -154,7 +166,8 @@ def distiller(
     """A Trainer that teaches a compressed model what its method learns by.
 
     Args:
-        student: what `weft.compress(model, method, …)` made; all of it is trained that requires gradients.
+        student: what `weft.compress(model, method, …)` made; all of it is trained that requires gradients, or what the
+            method says.
         teacher: the model from before. It is frozen, and put into evaluation.
         method: a name of `weft methods --pillar compress`; one that does not learn is fine-tuned on the task.
         options: fields of the method's config.
