@@ -176,6 +176,7 @@ def train(
             _trim_metrics(output / METRICS, facts.get("step", 0))
         trainer = _run(model, splits, method, settings, args, watch, checkpoint, teach)
         if trainer.objective is not None:
+            trainable = _methods.trainable(model)  # of which the objective may have taken a part
             trainer.objective.finish()
         steps, optimizer_bytes = trainer.state.global_step, state_bytes(trainer.optimizer)
         curve = watch.curve
