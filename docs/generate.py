@@ -57,6 +57,7 @@ RECIPE = {
 REASONS = {
     "exports": "why it leaves so",
     "groups": "why not one layer after the other",
+    "leaves": "why other layers stay",
     "file": "what its file carries beside what is trained",
     "init_drift": "why not zero",
     "warm_steps": "why it takes so long",

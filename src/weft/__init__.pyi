@@ -28,6 +28,7 @@ from weft.compress._engine import compress as compress
 from weft.compress.armor import ArmorConfig as ArmorConfig
 from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig as AtomicFeatureMimickingConfig
 from weft.compress.cospadi import CospadiConfig as CospadiConfig
+from weft.compress.factorllm import FactorllmConfig as FactorllmConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
 from weft.compress.int21 import Int21Config as Int21Config
 from weft.compress.lord import LordConfig as LordConfig

@@ -283,6 +283,23 @@ def test_a_method_may_train_a_part(weft, words, tmp_path):
     assert report(tmp_path / "out")["training"]["trainable"] == sum(before[name].numel() for name in moved)
 
 
+def test_what_a_method_does_not_train_stays_and_is_not_counted(weft, words, tmp_path):
+    """Experts and routers of a Llama move, and as many numbers are told to have been trained."""
+    for name, train in (("start", "steps=0"), ("out", "steps=3,learning_rate=0.01")):
+        assert weft(*words("--active", 1, "--train", train, method="factorllm", output=name))[0] == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    moved = {name for name, t in before.items() if not torch.equal(t, after[name])}
+    assert moved == {name for name, t in before.items() if ".mlp." in name and t.numel()}
+    assert report(tmp_path / "out")["training"]["trainable"] == sum(before[name].numel() for name in moved)
+    told = report(tmp_path / "out")
+    assert told["reads"] < 0.5 and told["keep"]["measured"] > 1
+
+
+def test_a_plan_of_a_method_that_learns_needs_no_output(weft, llama):
+    code, out, err = weft("compress", "--model", llama, "--method", "pela", "--data", "builtin:stdlib", "--plan")
+    assert code == 0 and "low_rank" in out and "changes nothing" not in out + err
+
+
 def test_trained_and_then_recovered(weft, words, tmp_path):
     assert weft(*words(*TRAINING, *RECOVERY, method="pela"))[0] == 0
     told = report(tmp_path / "out")

@@ -9,7 +9,7 @@ A method that learns is a one-shot method first: its `Factoriser` makes the star
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -33,10 +33,12 @@ class Seen:
     Attributes:
         logits: … × classes, or batch × tokens × vocabulary.
         blocks: what each of its blocks passes on, batch × tokens × d, for an objective that reads them.
+        parts: what each of the modules received and gave that the objective names.
     """
 
     logits: Tensor
     blocks: list[Tensor] = field(default_factory=list)
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Objective(Generic[C]):
@@ -51,6 +53,10 @@ class Objective(Generic[C]):
 
     def __init__(self, config: C, student: nn.Module, teacher: nn.Module) -> None:
         self.config, self.student, self.teacher = config, student, teacher
+
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The modules of the student or of the teacher of which `Seen.parts` tells, each run once in a pass."""
+        return ()
 
     def terms(self, student: Seen, teacher: Seen) -> list[Tensor]:
         """What is added for each token (batch × tokens) or, of logits without tokens, for each row (batch)."""
@@ -89,7 +95,7 @@ class Distilling:
         if ours is None or not model.training:
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
-        with watched(ours.student, ours.reads_blocks) as own:
+        with watched(ours.student, ours.reads_blocks) as own, met(ours.parts(ours.student)) as parts:
             if ours.task_weight:
                 loss, outputs = trainer.compute_loss(model, inputs, True, num_items_in_batch)
                 loss = ours.task_weight * loss
@@ -97,7 +103,7 @@ class Distilling:
                 loss, outputs = 0.0, model(**without_labels(inputs))
         whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
         args: Any = self.args  # type: ignore[attr-defined]
-        for term in ours.terms(Seen(outputs["logits"], own), _taught(ours, inputs)):
+        for term in ours.terms(Seen(outputs["logits"], own, parts), _taught(ours, inputs)):
             mask, term = counted(term, labels, inputs.get("attention_mask"))
             total = (term * mask).sum()
             if whole:  # as the task's own loss: over all micro-batches, and all processes that are averaged afterwards
@@ -125,8 +131,8 @@ def _taught(ours: Objective[Any], inputs: dict[str, Any]) -> Seen:
     """What the teacher makes of a batch; nothing where the objective does not read it."""
     if not ours.reads_teacher:
         return Seen(torch.empty(0))
-    with watched(ours.teacher, ours.reads_blocks) as seen:
-        return Seen(ours.teacher(**without_labels(inputs)).logits, seen)
+    with watched(ours.teacher, ours.reads_blocks) as seen, met(ours.parts(ours.teacher)) as parts:
+        return Seen(ours.teacher(**without_labels(inputs)).logits, seen, parts)
 
 
 def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +151,24 @@ def watched(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
     handles = [block.register_forward_hook(note) for block in blocks(model).values()] if wanted else []
     try:
         yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def met(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """A list that fills with what each of these modules receives and gives, in their order when it is left."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen[id(module)] = (inputs[0], output)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield found
+        found.extend(seen[id(module)] for module in modules)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from weft.compress._calibration import Corpus, Statistics
 from weft.compress._config import CompressConfig, LowRankConfig
 from weft.compress._layers import Layer, Unit, targets
 from weft.errors import UsageError
-from weft.linear._structured import Structured
+from weft.linear._structured import Structured, kinds
 from weft.linear.low_rank import LowRank
 
 C = TypeVar("C", bound=CompressConfig)
@@ -82,6 +82,12 @@ class Factoriser(ABC, Generic[C]):
     def kinds(self) -> tuple[str, ...]:
         """All that layers become."""
         return (self.kind,)
+
+    @property
+    def linear(self) -> bool:
+        """Whether a stock model can hold what layers become."""
+        known = kinds()
+        return all(known[kind].linear for kind in self.kinds)
 
     def kind_of(self, layer: Any) -> str:
         """What a layer becomes."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from weft.anatomy import blocks, heads
 from weft.errors import UsageError
 from weft.linear._structured import Structured
+from weft.linear.narrow_mlp import NarrowMlp
 from weft.patterns import selection
 
 LINEAR = (nn.Linear, Conv1D)
@@ -139,6 +141,20 @@ def targets(
         names = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
         raise UsageError(f"include={include!r}, exclude={exclude!r} leave no {noun}; there are: {names}")
     return found
+
+
+def mlp(name: str, module: nn.Module, free: Mapping[str, Layer]) -> Group | None:
+    """The layers of a stock MLP, the one that closes it last; its shape is that of the units' outputs, units × d.
+
+    None of any other module, and where one of the layers is not among those that can be compressed, by name.
+    """
+    form = NarrowMlp.form(module)
+    parts = [] if form is None else [free.get(f"{name}.{part}") for part in (*form[0], form[1])]
+    if not parts or None in parts:
+        return None
+    layers = cast(tuple[Layer, ...], tuple(parts))
+    called = name if name.rpartition(".")[2] == "mlp" else f"{name}.mlp"
+    return Group(called, layers, layers[0].block, (layers[-1].in_, layers[-1].out))
 
 
 def _is_a_matrix(module: Any) -> bool:

@@ -51,7 +51,7 @@ from weft.compress._allocate import Menus, Sizes, allocate, block_influence
 from weft.compress._calibration import Statistics
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, Tensors, left_over, moment
-from weft.compress._layers import Group, Layer, targets
+from weft.compress._layers import Group, Layer, mlp, targets
 from weft.errors import UsageError
 from weft.linear._codes import smallest_int
 from weft.linear._narrow import Narrow, filled
@@ -412,7 +412,7 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
     """All pairs of known modules whose matrices can be compressed."""
     free = {layer.name: layer for layer in targets(model, None, None)}
     for name, module in model.named_modules():
-        attention, mlp = NarrowAttention.form(module), NarrowMlp.form(module)
+        attention, units = NarrowAttention.form(module), mlp(name, module, free)
         if attention is not None:
             rotary, last = attention
             for kind, end, names in ((QueriesKeys, "qk", ("q_proj", "k_proj")), (ValuesOutput, "vo", ("v_proj", last))):
@@ -424,10 +424,5 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
                     h: Any = module.head_dim
                     groups = module.k_proj.out_features // h  # type: ignore[union-attr,operator]
                     yield kind(f"{name}.{end}", (q, k), q.block, (h, q.in_), name, groups, rotary)
-        if mlp is not None:
-            into, out = mlp
-            parts = [free.get(f"{name}.{part}") for part in (*into, out)]
-            if all(part is not None for part in parts):
-                layers = cast(list[Layer], parts)
-                called = name if name.endswith(".mlp") else f"{name}.mlp"
-                yield Mlp(called, tuple(layers), layers[0].block, (layers[-1].in_, layers[-1].out), name)
+        if units is not None:
+            yield Mlp(units.name, units.parts, units.block, units.shape, name)

@@ -254,6 +254,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def stock_places(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """The layers that the model has by those names before any is replaced, without values.
 
+    What is part of another structured layer has no name there, and gives its own form.
+
     Raises UsageError where a model that is not of transformers has one of which that is not known.
     """
     from transformers import PreTrainedModel  # when this file is imported, transformers may not be whole yet
@@ -261,8 +263,8 @@ def stock_places(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, PreTrainedModel):
         return {name: layer.stock() for name, layer in layers.items()}
     with torch.device("meta"):
-        stock = type(model)(copy.deepcopy(model.config))
-    return {name: stock.get_submodule(name) for name in layers}
+        stock = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    return {name: stock[name] if name in stock else layer.stock() for name, layer in layers.items()}
 
 
 @torch.no_grad()

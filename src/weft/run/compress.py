@@ -135,7 +135,7 @@ class Request:
     @property
     def work(self) -> Path:
         """The folder of finished layers."""
-        return self.output.with_name(f"{self.output.name}.work")
+        return self.output.parent / f"{self.output.name}.work"  # a plan has no output
 
     def file(self) -> str:
         """The run file's text."""
@@ -287,11 +287,10 @@ def outline(run: Request, model: Any) -> Outline:
     """
     from weft.compress._engine import plan
     from weft.compress._factoriser import factoriser
-    from weft.linear._structured import kinds
 
     maker = factoriser(run.method, run.config)
     layers = maker.units(model)
-    if run.options.dense and not all(kinds()[kind].linear for kind in maker.kinds):
+    if run.options.dense and not maker.linear:
         raise UsageError(f"--dense: {run.method} makes layers that are no linear maps, which no stock model can hold")
     odd = next((layer.name for layer in layers if maker.adds_bias(layer)), None)
     if run.options.dense and odd is not None:
@@ -334,7 +333,7 @@ def calibration(run: Request, model: Any, shape: Outline, say: Callable[[str], N
     from weft.run import models
 
     if not shape.reads_data:
-        if run.options.data:
+        if run.options.data and run.train is None and run.options.then is None:
             say(f"{run.method} reads no data, so {', '.join(run.options.corpora)} changes nothing")
         return {}
     spec = run.options.model or ""
