@@ -31,6 +31,7 @@ import docstrings  # noqa: E402
 from docstrings import markdown, prose  # noqa: E402
 
 import weft  # noqa: E402
+from weft.run.distil import learns  # noqa: E402
 
 GENERATED = DOCS / "generated"
 MARKERS = ("<!-- methods: python docs/generate.py --readme -->", "<!-- /methods -->")
@@ -153,7 +154,8 @@ def _limits(card: weft.Card) -> str:
 
 def _usage(slug: str, card: weft.Card) -> str:
     if card.pillar == "compress":
-        data, flag = (", data=batches", " --data builtin:stdlib") if card.needs else ("", "")
+        data = ", data=batches" if card.needs else ""
+        flag = " --data builtin:stdlib" if card.needs or learns(slug) else ""
         value = getattr(weft.config_class(slug)(), card.knob)
         return (
             f"```python\nimport weft\n\nweft.compress(model, {slug!r}, {card.knob}={value}{data})\n"

@@ -6,10 +6,10 @@ Shanghang Zhang, "FactorLLM: Factorizing Knowledge via Mixture of Experts for La
     E_j(x) = Wd_j·(act(Wg_j·x) ∘ (Wu_j·x))                 Σ_j E_j is the MLP, whatever the units of the N experts
     y = (N // k)·Σ_j m_j·E_j(x)                            m: the k largest of r(x) = Wr·x + br, as ones and zeros
 
-No weight changes by the split. The router has N·(d + 1) numbers a layer, drawn as nn.Linear's are. Units are as evenly
-many as can be: where N does not divide them, the first experts have one more. With `partition="kmeans"` alike units are
-together: those of near rows of Wg and Wu and columns of Wd, each of length one and side by side; clusters that were of
-each matrix apart would tear units.
+No weight changes by the split. The router has N·(d + 1) numbers a layer, drawn as nn.Linear's are; the paper writes
+1R4E2K for one router, N = 4 and k = 2. Units are as evenly many as can be: where N does not divide them, the first
+experts have one more. With `partition="kmeans"` alike units are together: those of near rows of Wg and Wu and columns
+of Wd, each of length one and side by side; clusters that were of each matrix apart would tear units.
 
 What it saves is reading and multiplying, k of N experts for a token: all is stored, and the router beside, so `keep`
 does not apply. Without training much is lost. `weft compress --train` and `weft.distiller` train experts and routers,
