@@ -88,8 +88,9 @@ def test_an_update_of_nmf_is_lee_s_and_seung_s_repeated():
 def test_nmf_begins_at_the_larger_side_of_each_singular_pair():
     w, r = drawn(7, 5).abs(), 3
     full_u, s, vh = torch.linalg.svd(w)
-    for k, (a, b) in enumerate(zip(*(t.unbind(1) for t in (nmf(w, r, iterations=0)[0], nmf(w, r, iterations=0)[1].mT)))):
-        left, right = full_u[:, k], vh[k]
+    u, v = nmf(w, r, iterations=0)
+    for k in range(r):
+        a, b, left, right = u[:, k], v[k], full_u[:, k], vh[k]
         plus, minus = (float((x * left).clamp(min=0).norm() * (x * right).clamp(min=0).norm()) for x in (1, -1))
         sign = 1 if plus >= minus else -1
         for found, whole in ((a, left), (b, right)):

@@ -189,7 +189,7 @@ def test_causal_models_are_refused():
     decoder = hf.BertLMHeadModel(hf.BertConfig(**SIZES, **PLACES, is_decoder=True))
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=2))
     for model in (decoder, llama):
-        with pytest.raises(weft.UsageError, match=f"{type(model).__name__} is causal, and a sum over the sequence holds"):
+        with pytest.raises(weft.UsageError, match=f"{type(model).__name__} is causal, and a sum over the sequence"):
             linformer(model, k=4)
         assert not attentions(model)
 
@@ -249,7 +249,7 @@ def test_a_mask_of_each_query_is_refused(attention):
 def test_other_attention_functions_are_refused():
     model = linformer(encoder(), k=4)
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(weft.UsageError, match="attn_implementation='flex_attention': Linformer attention has eager and"):
+    with pytest.raises(weft.UsageError, match="attn_implementation='flex_attention': .* has eager and sdpa"):
         attentions(model)[0](torch.ones(1, 6, 16).double())
     model.config._attn_implementation = "sdpa"
     with pytest.raises(weft.UsageError, match="keeps no keys and values"):
@@ -259,7 +259,7 @@ def test_other_attention_functions_are_refused():
 def test_it_has_no_stock_form():
     for convert in (to_dense, to_linears):
         model = linformer(encoder(), k=LONGEST, start="means")
-        with pytest.raises(weft.UsageError, match="layer.0.attention.self has no dense form: linformer_attention attends"):
+        with pytest.raises(weft.UsageError, match=r"layer\.0\.attention\.self has no dense form: .* to sums"):
             convert(model)
         assert len(attentions(model)) == 2
 
@@ -333,14 +333,15 @@ def test_adapters_find_its_layers():
     assert not torch.allclose(changed, before, atol=1e-3)
     torch.testing.assert_close(adapted.merge_and_unload()(**data).logits, changed, rtol=1e-3, atol=1e-4)
     ours = peft.get_peft_model(both_ideas("sums"), weft.SoraConfig(r=2, target_modules="all-linear")).eval()
-    assert {"query", "linear", "dense", "classifier"} == {name.rpartition(".")[2] for name in ours.targeted_module_names}
+    served = {name.rpartition(".")[2] for name in ours.targeted_module_names}
+    assert served == {"query", "linear", "dense", "classifier"}
     torch.testing.assert_close(ours(**data).logits, before, rtol=1e-4, atol=1e-5)
 
 
 def test_calibrated_methods_see_its_layers():
-    model = encoder()
-    linformer(model, k=5, n=20)
-    report = weft.compress(model, "svd_llm", keep=0.5, include=["key.linear", "query"], data=[batch(12, 7), batch(9, 9)])
+    model = linformer(encoder(), k=5, n=20)
+    data = [batch(12, 7), batch(9, 9)]
+    report = weft.compress(model, "svd_llm", keep=0.5, include=["key.linear", "query"], data=data)
     assert report.replaced == 4 and torch.isfinite(model(**batch(12, 7)).logits).all()
 
 
@@ -348,8 +349,8 @@ def test_trainer_saves_and_resumes_it(tmp_path):
     def trained(folder: str, steps: int, resume: bool = False) -> dict[str, Tensor]:
         model = linformer(encoder(dtype=torch.float32), k=5, n=20)
         args = hf.TrainingArguments(
-            str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=4, report_to="none", use_cpu=True, seed=0,
-            save_steps=2, logging_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+            str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+            seed=0, save_steps=2, logging_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         rows = [{"input_ids": [3 + i % 20, 3, 4], "labels": i % 2} for i in range(24)]
         trainer = hf.Trainer(model, args, train_dataset=rows)

@@ -22,8 +22,8 @@ it, where random starts leave it far away after `num_iter` updates; NMF gains fr
 The thesis's rank is a share of the break-even in·out/(in + out), and so is what `keep` makes of it: keep·in·out numbers
 are r·(in + out), rounded down, and what rounding leaves goes to the layers that have least. For a convolution `keep`
 counts its kernel, in·kh·kw for in, which the thesis leaves out of its limit. Where no rank saves a bit the layer stays.
-Layers directly under the model are factorised as any others; heads, tied weights, factors of a compressed layer,
-convolutions of several groups, and what nn.MultiheadAttention and nn.TransformerEncoderLayer read by themselves are not.
+Layers directly under the model are factorised as any others. Heads, tied weights, factors of a compressed layer,
+convolutions of several groups, and what nn.MultiheadAttention and nn.TransformerEncoderLayer read by themselves stay.
 
 It is trained on the task afterwards, as any model. `linformer` puts the other idea of low rank into an encoder: few
 sums over the sequence in place of its keys and values. It saves scores, n·k for n², and no weights: LEDs save at every

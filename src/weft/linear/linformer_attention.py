@@ -131,7 +131,7 @@ class LinformerAttention(Narrow):
         return out.flatten(2), weights
 
     def _mask(self, length: int, counts: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-        """Which sums hold a token that counts, batch or 1 × 1 × 1 × k: a bool, or what is added to scores of a dtype."""
+        """Which sums hold a token that counts, batch or 1 × 1 × 1 × k: bools, or what is added to scores of a dtype."""
         parts = self.key.along.detach()[:, :length] != 0  # k × L
         some = parts.any(1)[None] if counts is None else counts.float() @ parts.mT.float() > 0
         mask = some[:, None, None]
