@@ -246,7 +246,7 @@ def draw(found: Ratios) -> None:
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 WORDS, PLACES, BATCH, HELD_OUT = 8000, 64, 64, 2000
-STEPS, RATE = {"rate": 400, "test": 1000}, 1e-3
+STEPS, RATE = {"rate": 300, "test": 800}, 1e-3
 ARMS = ("full", "lrt", "linformer")
 Split = list[tuple[Tensor, int]]
 
@@ -341,7 +341,8 @@ def verdict(study: arms.Study) -> Iterator[str]:
     for arm in [arm for arm in ARMS[1:] if {arm, "full"} <= set(mine)]:
         middle, low, high = arms.gap(mine[arm], mine["full"], "accuracy")
         word = "holds" if low > -0.01 else "reversed" if high < -0.01 else "tie"
-        yield f"\n- {arm} within a point of full: {middle:+.4f} ({low:+.4f} to {high:+.4f}), {word}"
+        apart = f"{middle:+.4f} ({low:+.4f} to {high:+.4f})".replace("-", "−")
+        yield f"\n- {arm} within a point of full: {apart}, {word}"
 
 
 def accuracy_study(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from weft.compress.armor import ArmorConfig as ArmorConfig
 from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig as AtomicFeatureMimickingConfig
 from weft.compress.cospadi import CospadiConfig as CospadiConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
+from weft.compress.greenformers import GreenformersConfig as GreenformersConfig
 from weft.compress.int21 import Int21Config as Int21Config
 from weft.compress.lord import LordConfig as LordConfig
 from weft.compress.modegpt import ModegptConfig as ModegptConfig

@@ -12,12 +12,13 @@ Approximation", arXiv 2108.10808. Linformer: Sinong Wang et al., arXiv 2006.0476
     svd      the nearest D·E to W: U_r·Σ_r·V_rᵀ
     snmf     semi-NMF: the nearest there is with D ≥ 0, about
     nmf      with D ≥ 0 and E ≥ 0, about; of layers with W ≥ 0 alone
-    random   torch's own draws for two layers in a row, whatever W is: a small model "by design", to be trained
+    random   as torch starts two layers in a row, drawn by `seed` and the layer's name, whatever W is: a small model
+             "by design", to be trained
 
 All of them keep the bias. `split="first"`, the thesis's, puts singular values into E, so that D has columns of length
 one; "even" shares them, which suits training: neither factor's gradients are then much larger than the other's. The
-factors of snmf and nmf are scaled likewise. svd is exact where the thesis's is randomised, and semi-NMF begins near to
-it, where random starts leave it far away after `num_iter` updates; NMF gains from hundreds.
+factors of snmf and nmf are scaled likewise. Semi-NMF begins no farther from W than the nearest matrix of one rank less,
+where random starts leave it far away after the thesis's ten updates, `num_iter`; NMF gains from hundreds.
 
 The thesis's rank is a share of the break-even in·out/(in + out), and so is what `keep` makes of it: keep·in·out numbers
 are r·(in + out), rounded down, and what rounding leaves goes to the layers that have least. For a convolution `keep`
@@ -26,8 +27,8 @@ Layers directly under the model are factorised as any others. Heads, tied weight
 convolutions of several groups, and what nn.MultiheadAttention and nn.TransformerEncoderLayer read by themselves stay.
 
 It is trained on the task afterwards, as any model. `linformer` puts the other idea of low rank into an encoder: few
-sums over the sequence in place of its keys and values. It saves scores, n·k for n², and no weights: LEDs save at every
-length, most where sequences are short, sums where they are long. A model can have both.
+sums over the sequence in place of its keys and values. It saves scores, n·k for n², and no weights, and so serves where
+sequences are long; LEDs serve where linear layers are most of the work. A model can have both.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ CARD = Card(
     year=2021,
     summary="linear layers and convolutions as two thin ones, by SVD, (semi-)NMF or at random, to be trained",
     knob="keep",
-    limitations="Its share is of the break-even rank, so a quarter leaves little of a trained weight: train it. "
-    "Without training, and by its default solver, it is svd.",
+    limitations="It is made to be trained afterwards. Without training, and by its default solver, it is svd, of "
+    "convolutions as well.",
 )
 
 
