@@ -30,6 +30,7 @@ from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig 
 from weft.compress.cospadi import CospadiConfig as CospadiConfig
 from weft.compress.factorllm import FactorllmConfig as FactorllmConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
+from weft.compress.greenformers import GreenformersConfig as GreenformersConfig
 from weft.compress.int21 import Int21Config as Int21Config
 from weft.compress.lord import LordConfig as LordConfig
 from weft.compress.modegpt import ModegptConfig as ModegptConfig

@@ -33,7 +33,7 @@ class Factoriser(ABC, Generic[C]):
     """One method. `decompose` is the work, done once a layer and kept on disk; `build` makes the layer from it."""
 
     kind: ClassVar[str]  # of structured layer that it makes; where there are several, `kinds` and `kind_of` tell
-    nested: ClassVar[bool] = True  # whether every size is cut from one decomposition; else each is work of its own
+    nested: bool = True  # whether every size is cut from one decomposition; else each is work of its own
 
     def __init__(self, config: C) -> None:
         self.config = config

@@ -112,8 +112,9 @@ def targets(
     """The layers of these types to compress, in the model's order.
 
     Left out by themselves: output heads, weights that several modules share, quantised ones, and factors of layers that
-    are compressed already; convolutions of many groups, and embeddings that do more than look up. Raises UsageError,
-    with a list of what there is, where nothing is left.
+    are compressed already; convolutions of many groups, and embeddings that do more than look up; what a module of
+    torch reads by itself, without calling the layer. Raises UsageError, with a list of what there is, where nothing is
+    left.
     """
     shared: dict[int, int] = {}
     for parameter in (p for _, p in model.named_parameters(remove_duplicate=False)):
@@ -121,6 +122,8 @@ def targets(
     apart = {id(part) for part in heads(model)}
     structured = (layer for layer in model.modules() if isinstance(layer, Structured) and layer.opaque)
     apart |= {id(part) for layer in structured for part in layer.modules()}
+    whole = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    apart |= {id(part) for module in whole for part in module.children()}  # in evaluation it is one call for all of it
     places = blocks(model)
     chosen = selection(include, exclude)
     found, there = [], []

@@ -23,6 +23,7 @@ class Narrow(Structured):
     """What narrow modules share; a kind defines `stocks`, `of`, `options` and `restored`."""
 
     opaque = False
+    word: ClassVar[str] = "Narrow"  # what stands before a stock class's name in that of its form
     stocks: ClassVar[dict[str, Any]]  # by name of a stock class, what its form must know
     stock: ClassVar[type[nn.Module]]  # the class in whose place it stands
     of: ClassVar[Callable[..., Any]]  # a module's form of other sizes, whose layers have no values
@@ -66,8 +67,8 @@ class Narrow(Structured):
 
 @functools.cache
 def _class(kind: type[Narrow], stock: type[nn.Module]) -> type[Narrow]:
-    """The narrow form of one stock class."""
-    return type(f"Narrow{stock.__name__}", (kind, stock), {"__module__": kind.__module__, "stock": stock})
+    """The form of one stock class."""
+    return type(f"{kind.word}{stock.__name__}", (kind, stock), {"__module__": kind.__module__, "stock": stock})
 
 
 def _as(wanted: type[nn.Module], module: nn.Module) -> Any:
