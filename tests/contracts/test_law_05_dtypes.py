@@ -81,3 +81,21 @@ def test_a_cast_model_trains(slug, cast, tmp_path):
     after = harness.trainable(model)
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in after.values())
     assert any(not torch.equal(t, before[k]) for k, t in after.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_trains_under_autocast(slug, dtype):
+    """Gradients in bfloat16 point where those in float32 do, through layers on top of adapted ones as well.
+
+    On weights that are rounded themselves, factors that come from a decomposition of them may be others.
+    """
+    found = []
+    for enabled in (True, False):
+        model = harness.attach(slug, specimens.BY_NAME["Linear"], dtype if enabled else torch.float32)
+        model = harness.randomise(model).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(**specimens.batch(0)).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.float().flatten() for p in harness.trainable(model).values()]))
+    assert torch.isfinite(found[0]).all()
+    assert dtype is torch.bfloat16 or torch.cosine_similarity(*found, dim=0) > 0.9

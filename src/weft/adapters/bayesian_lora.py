@@ -154,14 +154,15 @@ class Rounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rho: Tensor, top: Tensor, w: Tensor, levels: Tensor) -> Tensor:
         beta = (rho.exp() * top).clamp(min=1e-30)  # a tensor of zeros stays one
         ctx.save_for_backward(x, beta, w, levels)
-        return torch.tensordot(w, roundings(x, beta, levels), 1)
+        # no matrix product: autocast would compute it in bfloat16, which has not the bits of the finer roundings
+        return roundings(x, beta, levels).mul_(w.view(-1, *[1] * x.dim())).sum(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None]:
         x, beta, w, levels = ctx.saved_tensors
-        d_w = roundings(x, beta, levels).flatten(1) @ grads[0].flatten()
+        d_w = (roundings(x, beta, levels) * grads[0]).flatten(1).sum(1)
         d_x = grads[0] * (x.abs() <= beta)
-        return d_x, w @ d_w - (d_x * x).sum(), None, d_w, None
+        return d_x, (w * d_w).sum() - (d_x * x).sum(), None, d_w, None
 
 
 def roundings(x: Tensor, beta: Tensor, levels: Tensor) -> Tensor:

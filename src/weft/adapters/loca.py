@@ -39,6 +39,7 @@ from weft.adapters._delta import Delta, Group, Site
 from weft.adapters._kinds import Linear, TransposedLinear
 from weft.algebra.transforms import Transform, dct
 from weft.errors import UsageError
+from weft.linear._structured import computed_in
 from weft.registry import Card
 
 CARD = Card(
@@ -125,7 +126,8 @@ class LocaDelta(Delta):
     def forward(self, x: Tensor) -> Tensor:
         if not self._samples(x):
             return super().forward(x)
-        return Product.apply(self._drop(x), None, self.a, self._place(), self._spectrum())
+        x = self._drop(x)
+        return Product.apply(x.to(computed_in(x)), None, self.a, self._place(), self._spectrum())
 
     def folds(self, x: Tensor) -> bool:
         return not (self.dropout and self.training)
