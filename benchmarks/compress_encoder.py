@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from adapters import processor
+from compression_claims import SPARSE
 from sanity import encoder, open_text
 from scipy.stats import rankdata
 from torch import Tensor
@@ -87,7 +88,7 @@ def measure(slug: str, path: Path, tokenizer: Any, data: Path) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         for keep in KEEPS:
             model, started = AutoModel.from_pretrained(path).eval(), time.perf_counter()
-            size = {"target_sparsity": 1 - keep, "prefill_ratio": 0.0} if slug == "r_sparse" else {"keep": keep}
+            size = {"target_sparsity": 1 - keep, "prefill_ratio": SPARSE} if slug == "r_sparse" else {"keep": keep}
             try:
                 report = weft.compress(model, slug, data=shown, work=Path(folder) / "work", **size)
             except weft.UsageError as error:

@@ -10,8 +10,8 @@ DIR holds models/prose7m_llama, wikitext2 and c4_sample; calibration and test wi
 all linear layers of all blocks are compressed. Differences are nats a token, with the 95 % bootstrap interval over
 windows.
 Of 2:4 pruning half the numbers and two bits for each of these are stored, so its share is that of the dtype; ARMOR has
-its wrappers besides. R-Sparse's evaluation runs sparse too (prefill_ratio 0), with and without the search, which sees
-eight of the windows.
+its wrappers besides. R-Sparse's evaluation runs sparse too, with and without the search, which sees eight
+of the windows.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from weft.run.compare import commit
 
 KEEPS = (0.9, 0.8, 0.7, 0.5)
 CORPORA = ("wikitext2", "c4")
+SPARSE = math.nextafter(1.0, 0.0)  # of a sequence; with 1 a whole one would run dense, as a prompt does
 Loader = Callable[[], Any]
 Losses = dict[str, list[float]]
 
@@ -119,7 +120,7 @@ def r_sparse(fresh: Loader, windows: dict[str, Tensor], batches: list[dict[str, 
     found: dict[str, Any] = {}
     for name, options in settings.items():
         model = fresh()
-        report = weft.compress(model, "r_sparse", data=batches, target_sparsity=0.5, prefill_ratio=0.0, **options)
+        report = weft.compress(model, "r_sparse", data=batches, target_sparsity=0.5, prefill_ratio=SPARSE, **options)
         found[name] = {"keep": report.reads, **tested(model, windows)}
     return found
 
