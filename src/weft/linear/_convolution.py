@@ -134,7 +134,7 @@ class LowRankConvolution(Structured):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
-    def stock(self) -> nn.Conv2d:
+    def stock_place(self) -> nn.Conv2d:
         first, second = self.down, self.up
         kernel, stride = (
             tuple(a * b for a, b in zip(getattr(first, name), getattr(second, name)))

@@ -105,7 +105,7 @@ class Structured(nn.Module):
             place.bias = nn.Parameter(bias)
         return place.train(self.training)
 
-    def stock(self) -> nn.Module:
+    def stock_place(self) -> nn.Module:
         """A stock layer of its form on the meta device: a place for `restored` where no model says what stood there."""
         raise UsageError(f"what a layer of kind {self.kind} stands for is known in a transformers model only")
 
@@ -150,7 +150,7 @@ class StructuredLinear(Structured, NonDynamicallyQuantizableLinear):
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "bias": self.bias is not None}
 
-    def stock(self) -> nn.Linear:
+    def stock_place(self) -> nn.Linear:
         return bare_linear(self.in_features, self.out_features, self.bias is not None, "meta")
 
 

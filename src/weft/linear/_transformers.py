@@ -261,10 +261,10 @@ def stock_places(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     from transformers import PreTrainedModel  # when this file is imported, transformers may not be whole yet
 
     if not isinstance(model, PreTrainedModel):
-        return {name: layer.stock() for name, layer in layers.items()}
+        return {name: layer.stock_place() for name, layer in layers.items()}
     with torch.device("meta"):
         stock = dict(type(model)(copy.deepcopy(model.config)).named_modules())
-    return {name: stock[name] if name in stock else layer.stock() for name, layer in layers.items()}
+    return {name: stock[name] if name in stock else layer.stock_place() for name, layer in layers.items()}
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ class FactoredEmbedding(Structured, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return linear(self.table(input), self.up, self.mean)
 
-    def stock(self) -> nn.Embedding:
+    def stock_place(self) -> nn.Embedding:
         place = self.table
         return bare(nn.Embedding, place.num_embeddings, self.embedding_dim, place.padding_idx, device="meta")
 

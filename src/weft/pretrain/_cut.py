@@ -77,8 +77,8 @@ def _narrowed(layer: Layer, kept: Tensor) -> Layer:
     if isinstance(layer, LowRank):
         return LowRank.from_factors(up[:, kept], down[kept], layer.bias)
     if not len(kept):
-        return LowRankConv.from_factors(0 * up[:, :1], 0 * down[:1], layer.bias, like=layer.stock())
-    return LowRankConv.from_factors(up[:, kept], down[kept], layer.bias, like=layer.stock())
+        return LowRankConv.from_factors(0 * up[:, :1], 0 * down[:1], layer.bias, like=layer.stock_place())
+    return LowRankConv.from_factors(up[:, kept], down[kept], layer.bias, like=layer.stock_place())
 
 
 @dataclass(frozen=True)
