@@ -28,6 +28,7 @@ from weft.compress._engine import compress as compress
 from weft.compress.armor import ArmorConfig as ArmorConfig
 from weft.compress.atomic_feature_mimicking import AtomicFeatureMimickingConfig as AtomicFeatureMimickingConfig
 from weft.compress.cospadi import CospadiConfig as CospadiConfig
+from weft.compress.dsformer import DsformerConfig as DsformerConfig
 from weft.compress.factorllm import FactorllmConfig as FactorllmConfig
 from weft.compress.fwsvd import FwsvdConfig as FwsvdConfig
 from weft.compress.greenformers import GreenformersConfig as GreenformersConfig

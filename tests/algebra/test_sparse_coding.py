@@ -12,7 +12,17 @@ from torch import Tensor
 from weft.algebra import sparse_coding
 from weft.algebra.bits import pack, unpack
 from weft.algebra.random import generator
-from weft.algebra.sparse_coding import ksvd, omp, spread, starting_atoms, sweep
+from weft.algebra.sparse_coding import (
+    best_atoms,
+    fitted,
+    ksvd,
+    omp,
+    optimal_directions,
+    reseeded,
+    spread,
+    starting_atoms,
+    sweep,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -219,3 +229,65 @@ def test_bits_come_back(n, k):
     assert packed.tolist() == [
         [sum(2**b for b, bit in enumerate(row[i : i + 8]) if bit) for i in range(0, k, 8)] for row in mask.tolist()
     ]
+
+
+# --- many dictionaries at once ----------------------------------------------------------------------------------------
+
+
+def test_many_dictionaries_are_coded_as_each_alone():
+    atoms = torch.nn.functional.normalize(drawn(3, 6, 5), dim=-1)
+    y = drawn(3, 11, 5, seed=1)
+    index, values = omp(atoms @ atoms.mT, y @ atoms.mT, 3)
+    for a, own, found, v in zip(atoms, y, index, values):
+        alone, fit = omp(a @ a.mT, own @ a.mT, 3)
+        assert torch.equal(found, alone)
+        torch.testing.assert_close(v, fit)
+
+
+def test_values_at_given_places_are_least_squares():
+    atoms = torch.nn.functional.normalize(drawn(2, 6, 5), dim=-1)
+    y, index = drawn(2, 7, 5, seed=1), torch.rand(2, 7, 6).argsort(-1)[..., :3]
+    values = fitted(atoms @ atoms.mT, y @ atoms.mT, index)
+    for b in range(2):
+        for row in range(7):
+            basis = atoms[b, index[b, row]].mT
+            expected = torch.linalg.lstsq(basis, y[b, row, :, None]).solution[:, 0]
+            torch.testing.assert_close(values[b, row], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_best_atoms_for_given_codes_leave_nothing_that_codes_could_take():
+    y, start = drawn(2, 30, 5), torch.nn.functional.normalize(drawn(2, 4, 5, seed=1), dim=-1)
+    index, values = omp(start @ start.mT, y @ start.mT, 2)
+    before = (y - spread(index, values, 4) @ start).square().sum()
+    atoms, values = best_atoms(y, start, index, values)
+    codes = spread(index, values, 4)
+    left = y - codes @ atoms
+    assert float(left.square().sum()) < float(before)
+    assert float((codes.mT @ left).abs().max()) < 1e-8
+    torch.testing.assert_close(atoms.norm(dim=-1), torch.ones(2, 4, dtype=torch.float64))
+
+
+def test_an_atom_that_nothing_takes_becomes_what_is_worst():
+    y = torch.eye(4, dtype=torch.float64)[None] * torch.tensor([1.0, 2.0, 5.0, 3.0], dtype=torch.float64)[:, None]
+    atoms = torch.eye(4, dtype=torch.float64)[None, :3].clone()
+    index = torch.tensor([[[0], [0], [0], [0]]])
+    values = torch.tensor([[[1.0], [0.0], [0.0], [0.0]]], dtype=torch.float64)
+    idle = torch.tensor([[False, True, True]])
+    expected = torch.eye(4, dtype=torch.float64)[[0, 2, 3]]
+    torch.testing.assert_close(reseeded(y, atoms, index, values, idle)[0], expected)
+
+
+@pytest.mark.parametrize("k", [3, 7])  # fewer than directions, and more
+def test_rounds_never_come_farther_and_find_what_was_hidden(k):
+    y = drawn(2, 60, 5)
+    found = optimal_directions(y, k, 2, generator=torch.Generator().manual_seed(0), rounds=30, tolerance=0)
+    assert found.errors == sorted(found.errors, reverse=True) and found.errors[-1] < 0.97 * found.errors[0]
+    assert found.errors[-1] == pytest.approx(float((y - found.product()).square().sum()))
+    assert bool((found.index.diff(dim=-1) > 0).all())
+    exact = optimal_directions(y, k, 5, generator=torch.Generator()) if k >= 5 else None
+    assert exact is None or torch.equal(exact.product(), y)
+    hidden = torch.nn.functional.normalize(drawn(1, 4, 8, seed=3), dim=-1)
+    taken, size = torch.randint(0, 4, (1, 200), generator=torch.Generator().manual_seed(4)), drawn(1, 200, 1, seed=5)
+    signals = size * hidden[0][taken]
+    again = optimal_directions(signals, 4, 1, generator=torch.Generator(), rounds=100, tolerance=0)
+    assert again.errors[-1] < 1e-9 * float(signals.square().sum())

@@ -307,24 +307,29 @@ def test_trained_and_then_recovered(weft, words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_interrupted_training_goes_on_where_it_was(weft, refuse, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "method, own",
+    [("pela", ()), ("dsformer", ("--block-size", 4, "--refresh", 2, "--stf", 1))],
+    ids=["pela", "dsformer"],
+)
+def test_interrupted_training_goes_on_where_it_was(method, own, weft, refuse, words, tmp_path, monkeypatch):
     from weft.compress import _engine
     from weft.run import loop
 
-    saving = (*TRAINING[:1], TRAINING[1] + ",save_steps=1", *TRAINING[2:])
-    assert weft(*words(*saving, method="pela", output="whole"))[0] == 0
+    saving = ("--train", "steps=4,learning_rate=0.01,save_steps=1", "--keep", 0.6, *own)
+    assert weft(*words(*saving, method=method, output="whole"))[0] == 0
     log = loop.Watch._log
 
     def interrupted(self, step):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Watch, "_log", lambda self, step: interrupted(self, step) if step == 3 else log(self, step))
-        refuse(1, *words(*saving, method="pela"), says=("interrupted", "compressed model is kept", "--config"))
-    assert (tmp_path / "out.work" / "trained" / "checkpoint-2").exists() and not (tmp_path / "out").exists()
-    refuse(2, *words(*saving, "--keep", 0.5, method="pela"), says=("keep=0.6, not 0.5", "--no-resume"))
+        patch.setattr(loop.Watch, "_log", lambda self, step: interrupted(self, step) if step == 4 else log(self, step))
+        refuse(1, *words(*saving, method=method), says=("interrupted", "compressed model is kept", "--config"))
+    assert (tmp_path / "out.work" / "trained" / "checkpoint-3").exists() and not (tmp_path / "out").exists()
+    refuse(2, *words(*saving, "--keep", 0.5, method=method), says=("keep=0.6, not 0.5", "--no-resume"))
     monkeypatch.setattr(_engine, "compress", interrupted)  # which nothing asks for again
-    assert weft(*words(*saving, method="pela"))[0] == 0
+    assert weft(*words(*saving, method=method))[0] == 0
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(t, two[name]) for name, t in one.items()) and not (tmp_path / "out.work").exists()
 

@@ -14,9 +14,9 @@ from reference import One, rank_one_sums, rows_of
 from torch import nn
 
 import weft
-from weft.compress._distil import objective
+from weft.compress._distil import apart, objective
 from weft.compress._engine import compress, plan
-from weft.compress.int21 import Int21Config, apart
+from weft.compress.int21 import Int21Config
 from weft.linear.quantised_plus_low_rank import QuantisedPlusLowRank
 
 

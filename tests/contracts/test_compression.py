@@ -141,7 +141,7 @@ def test_what_is_stored_is_what_was_promised(method, name, keep):
         _reads_what_was_promised(method, report, keep, before)
         return
     assert stored <= keep * dense
-    steps = [_next_step(method, keep, before[row.name], row) for row in report.rows if row.size is not None]
+    steps = [_next_step(method, options, before[row.name], row) for row in report.rows if row.size is not None]
     assert stored + min(steps) > keep * dense
 
 
@@ -161,8 +161,8 @@ def _reads_what_was_promised(method, report, keep, layers):
         assert keep * row.dense - rank < row.reads <= keep * row.dense + rank * (row.size == 1)
 
 
-def _next_step(method, keep, layer, row):
-    maker = factoriser(method, weft.config_class(method)(keep=keep))
+def _next_step(method, options, layer, row):
+    maker = factoriser(method, weft.config_class(method)(**options))
     larger = [size for size in maker.sizes(layer) if size > row.size and maker.bits(layer, size) < row.dense]
     if not larger and "fixed_point" in weft.card(method).reasons:
         return float("inf")  # it stops at its largest size, whatever is left over

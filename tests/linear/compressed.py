@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "low_rank": {"rank": 3},
     "dictionary": {"atoms": 9, "nonzeros": 4},
     "block_semi_sparse": {"block_out": 1, "block_in": 1},  # which divide every side
+    "small_dense_semi_sparse": {"block_size": 5, "atoms": 6, "nonzeros": 2},
     "rank_aware_sparse": {"rank": 5, "tau": 0.1, "prefill_ratio": 0.999},  # sequences as short as here all run sparse
     "low_rank_plus_sparse": {"rank": 2, "density": 0.25},
     "low_rank_plus_scattered": {"rank": 2, "density": 0.25},
@@ -35,6 +36,7 @@ FULL: dict[str, Callable[..., dict[str, Any]]] = {
     "low_rank": lambda out, in_: {"rank": min(out, in_)},
     "dictionary": lambda out, in_: {"atoms": min(out, in_), "nonzeros": min(out, in_)},
     "block_semi_sparse": lambda out, in_: {"block_out": out, "block_in": in_, "kept": 4},
+    "small_dense_semi_sparse": lambda out, in_: {"block_size": min(3, in_), "atoms": 4, "nonzeros": 3},
     "rank_aware_sparse": lambda out, in_: {"rank": min(out, in_), "tau": 0.1, "prefill_ratio": 0.999},
     "low_rank_plus_sparse": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
     "low_rank_plus_scattered": lambda out, in_: {"rank": min(out, in_), "density": 1 / in_},
@@ -137,6 +139,7 @@ CASES = [
     ("llama", "low_rank"),
     ("gpt2", "dictionary"),
     ("llama", "block_semi_sparse"),
+    ("bert", "small_dense_semi_sparse"),
     ("bert", "rank_aware_sparse"),
     ("gpt2", "low_rank_plus_sparse"),
     ("llama", "low_rank_plus_scattered"),

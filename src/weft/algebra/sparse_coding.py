@@ -6,11 +6,13 @@ The codes S are kept as `index` and `values` (n × s): which atoms a signal take
 
 Orthogonal matching pursuit finds S for a given A (Pati, Rezaiifar, Krishnaprasad, 1993), here for all signals at once
 and among inner products only, as Rubinstein, Zibulevsky and Elad do (2008). K-SVD improves A for given places in S, an
-atom at a time (Aharon, Elad, Bruckstein, 2006).
+atom at a time (Aharon, Elad, Bruckstein, 2006). The method of optimal directions improves all of A at once, for given S
+(Engan, Aase, Husøy, 1999): less a round, and many small dictionaries take no longer than one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +28,7 @@ BLOCK = 2**22  # numbers that a block of signals keeps at work: near the process
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Y ≈ S·A.
+    """Y ≈ S·A; several of one shape where there are leading dimensions.
 
     Attributes:
         atoms: A (k × d).
@@ -42,12 +44,12 @@ class SparseCode:
 
     def product(self) -> Tensor:
         """S·A (n × d)."""
-        return spread(self.index, self.values, len(self.atoms)) @ self.atoms
+        return spread(self.index, self.values, self.atoms.shape[-2]) @ self.atoms
 
 
 def spread(index: Tensor, values: Tensor, k: int) -> Tensor:
-    """S (n × k) with these values at these places, zero elsewhere."""
-    return values.new_zeros(len(values), k).scatter_(1, index, values)
+    """S (… n × k) with these values at these places (… n × s), zero elsewhere."""
+    return values.new_zeros(*values.shape[:-1], k).scatter_(-1, index, values)
 
 
 def omp(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
@@ -58,20 +60,28 @@ def omp(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
     the value zero.
 
     Args:
-        gram: A·Aᵀ (k × k) of atoms of length one.
-        products: Y·Aᵀ (n × k).
+        gram: A·Aᵀ (… k × k) of atoms of length one; with leading dimensions, of as many dictionaries.
+        products: Y·Aᵀ (… n × k).
         nonzeros: s, 1 to k.
     """
-    k = len(gram)
+    k = gram.shape[-1]
     if not 1 <= nonzeros <= k:
         raise ValueError(f"nonzeros={nonzeros}: {k} atoms allow 1 to {k}")
     rows = max(BLOCK // (k * nonzeros), 16)
-    blocks = [_omp(gram, block, nonzeros) for block in products.split(rows)]
-    return torch.cat([index for index, _ in blocks]), torch.cat([values for _, values in blocks])
+    pieces = zip(products.reshape(-1, k).split(rows), beginnings(products).split(rows))
+    blocks = [_omp(gram.reshape(-1, k), each, first, nonzeros) for each, first in pieces]
+    index, values = (torch.cat(each).view(*products.shape[:-1], nonzeros) for each in zip(*blocks))
+    return index, values
 
 
-def _omp(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """`omp` of one block.
+def beginnings(products: Tensor) -> Tensor:
+    """Where each signal's dictionary begins among all, one below the other; of Y·Aᵀ (… n × k)."""
+    *many, n, k = products.shape
+    return torch.arange(0, math.prod(many) * k, k, device=products.device).repeat_interleave(n)
+
+
+def _omp(gram: Tensor, products: Tensor, first: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
+    """`omp` of one block, of signals whose dictionaries begin at `first` among the rows of `gram`.
 
     Atoms are made orthonormal as they are taken, q_t = (a_{i_t} − Σ_j l_tj·q_j) / l_tt: L·Lᵀ is the Gram matrix of
     those taken, found a row at a time. Of q_t only p_t = A·q_t is kept, and c_t, its product with the signal.
@@ -90,7 +100,7 @@ def _omp(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]
         i = left.abs().masked_fill_(~free, -1).argmax(1)
         free[at, i] = False
         index[:, t] = i
-        new = gram[i]
+        new = gram[first + i]
         if t:
             lower[:, t, :t] = l = p[at, :t, i]
             new = torch.baddbmm(new[:, None], l[:, None], p[:, :t], alpha=-1)[:, 0]
@@ -103,6 +113,20 @@ def _omp(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]
         left.addcmul_(c[:, t, None], new, value=-1)
     values = torch.linalg.solve_triangular(lower.mT, c[..., None], upper=True)[..., 0]
     return index, values
+
+
+def fitted(gram: Tensor, products: Tensor, index: Tensor) -> Tensor:
+    """Values (… n × s) at given places that fit the signals best; `gram` and `products` are those of `omp`.
+
+    Atoms that depend on one another share what they have in common.
+    """
+    k, s = gram.shape[-1], index.shape[-1]
+    flat = index.reshape(-1, s)
+    rows = (beginnings(products)[:, None] + flat)[:, :, None]
+    own = gram.reshape(-1, k)[rows, flat[:, None]]  # n × s × s
+    own.diagonal(dim1=-2, dim2=-1).add_(100 * torch.finfo(gram.dtype).eps)
+    wanted = products.reshape(-1, k).gather(1, flat)[..., None]
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(own)).view(index.shape)
 
 
 def sweep(y: Tensor, atoms: Tensor, index: Tensor, values: Tensor, *, power: int = 2) -> tuple[Tensor, Tensor]:
@@ -151,7 +175,7 @@ def starting_atoms(y: Tensor, k: int, start: Start, generator: torch.Generator) 
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=1, keepdim=True)
+    return x / x.norm(dim=-1, keepdim=True)
 
 
 def ksvd(
@@ -179,9 +203,7 @@ def ksvd(
         )
         return SparseCode(found.atoms @ q.mT, found.index, found.values, found.errors)
     if nonzeros >= d:
-        index = torch.arange(nonzeros, device=y.device).expand(n, -1)
-        basis = torch.eye(d, dtype=y.dtype, device=y.device)[torch.arange(k) % d]
-        return SparseCode(basis, index, torch.nn.functional.pad(y, (0, nonzeros - d)), [0.0])
+        return _exact(y, k, nonzeros)
     atoms = starting_atoms(y, k, start, generator)
     index, values = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
     rest = _left(y, atoms, index, values)
@@ -200,6 +222,73 @@ def ksvd(
     return SparseCode(atoms, index.gather(1, order), values.gather(1, order), errors)
 
 
+def optimal_directions(
+    y: Tensor, k: int, nonzeros: int, *, generator: torch.Generator, rounds: int = 20, tolerance: float = 1e-2
+) -> SparseCode:
+    """As `ksvd`, for many dictionaries at once: Y is b × n × d. It begins with singular vectors.
+
+    A round is the best A for given codes and a pursuit of new ones; a signal keeps its old ones where they are nearer,
+    and an atom that no signal takes becomes the signal that is represented worst.
+    """
+    d = y.shape[-1]
+    if nonzeros >= d:
+        return _exact(y, k, nonzeros)
+    atoms = torch.linalg.eigh((y.mT @ y).double()).eigenvectors.flip(-1).mT[:, :k].to(y)
+    if k > d:
+        drawn = torch.rand(y.shape[:-1], generator=generator).argsort(-1)[:, : k - d].to(y.device)
+        rows = y.gather(1, drawn[..., None].expand(-1, -1, d))
+        spare = torch.randn(len(y), k - d, d, generator=generator, dtype=torch.float64).to(y)
+        spare[:, : rows.shape[1]] = torch.where(rows.any(-1, keepdim=True), rows, spare[:, : rows.shape[1]])
+        atoms = torch.cat([atoms, _unit(spare)], 1)
+    index, values = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
+    rest = _left(y, atoms, index, values)
+    errors = [float(rest.sum())]
+    for _ in range(rounds):
+        atoms, values = best_atoms(y, atoms, index, values)
+        rest = _left(y, atoms, index, values)
+        other, found = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
+        left = _left(y, atoms, other, found)
+        better = (left < rest)[..., None]
+        index, values = torch.where(better, other, index), torch.where(better, found, values)
+        errors.append(float(torch.minimum(left, rest).sum()))
+        if errors[-2] - errors[-1] <= tolerance * errors[-2]:
+            break
+    order = index.argsort(-1)
+    return SparseCode(atoms, index.gather(-1, order), values.gather(-1, order), errors)
+
+
+def best_atoms(y: Tensor, atoms: Tensor, index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The A that fits Y (b × n × d) best with given codes, in rows of length one, and values to go with it."""
+    k = atoms.shape[1]
+    codes = spread(index, values, k).double()
+    best = torch.linalg.pinv(codes.mT @ codes, hermitian=True) @ (codes.mT @ y.double())
+    length = best.norm(dim=-1, keepdim=True)
+    idle = length[..., 0] == 0
+    new = torch.where(idle[..., None], atoms, (best / length).to(y))
+    values = values * length[..., 0].to(y).gather(1, index.flatten(1)).view(values.shape)
+    return reseeded(y, new, index, values, idle), values
+
+
+def reseeded(y: Tensor, atoms: Tensor, index: Tensor, values: Tensor, idle: Tensor) -> Tensor:
+    """A (b × k × d) with the idle atoms (b × k) in place of which are the signals that are represented worst."""
+    if not bool(idle.any()):
+        return atoms
+    worst = _left(y, atoms, index, values).argsort(1, descending=True)
+    turn = (idle.long().cumsum(1) - 1).clamp(0, y.shape[1] - 1)
+    rows = y.gather(1, worst.gather(1, turn)[..., None].expand(-1, -1, y.shape[2]))
+    return torch.where(idle[..., None] & rows.any(-1, keepdim=True), _unit(rows), atoms)
+
+
+def _exact(y: Tensor, k: int, nonzeros: int) -> SparseCode:
+    """With at least d values a signal: the axes as atoms."""
+    d = y.shape[-1]
+    index = torch.arange(nonzeros, device=y.device).expand(*y.shape[:-1], -1)
+    basis = torch.eye(d, dtype=y.dtype, device=y.device)[torch.arange(k) % d]
+    return SparseCode(
+        basis.expand(*y.shape[:-2], -1, -1), index, torch.nn.functional.pad(y, (0, nonzeros - d)), [0.0]
+    )
+
+
 def _left(y: Tensor, atoms: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """‖y − s·A‖² of each row, in float64."""
-    return (y - spread(index, values, len(atoms)) @ atoms).double().square().sum(1)
+    return (y - spread(index, values, atoms.shape[-2]) @ atoms).double().square().sum(-1)

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer
 
 from weft import registry
@@ -53,6 +54,9 @@ class Objective(Generic[C]):
 
     def __init__(self, config: C, student: nn.Module, teacher: nn.Module) -> None:
         self.config, self.student, self.teacher = config, student, teacher
+
+    def on_step(self, step: int, steps: int) -> None:
+        """A step of so many begins, the first of which is 0; each of its micro-batches tells it again."""
 
     def parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """The modules of the student or of the teacher of which `Seen.parts` tells, each run once in a pass."""
@@ -95,6 +99,8 @@ class Distilling:
         if ours is None or not model.training:
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
+        state: Any = self.state  # type: ignore[attr-defined]
+        ours.on_step(state.global_step, state.max_steps)
         with watched(ours.student, ours.reads_blocks) as own, met(ours.parts(ours.student)) as parts:
             if ours.task_weight:
                 loss, outputs = trainer.compute_loss(model, inputs, True, num_items_in_batch)
@@ -138,6 +144,18 @@ def _taught(ours: Objective[Any], inputs: dict[str, Any]) -> Seen:
 def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     """What a model is called with where its own loss is of no use."""
     return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def apart(own: Tensor, other: Tensor, loss: str = "kl") -> Tensor:
+    """How far logits (… × classes) are from a teacher's (…): a sum over the classes, of mse a mean."""
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own, other = own.to(wide), other.to(wide)
+    if loss == "mse":
+        return (own - other).square().mean(-1)
+    ours, theirs = log_softmax(own, -1), log_softmax(other, -1)
+    if loss == "kl":
+        return kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    return -(theirs.exp() * ours).sum(-1)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from weft.algebra.blocks import blocks_times
 from weft.algebra.random import generator
 from weft.compress._allocate import Menus, Sizes, allocate
 from weft.compress._calibration import Statistics
@@ -50,7 +51,7 @@ from weft.compress._factoriser import Factoriser, Tensors
 from weft.compress._layers import Layer
 from weft.errors import UsageError
 from weft.linear._structured import Structured
-from weft.linear.block_semi_sparse import BlockSemiSparse, blocks_times, identities, largest
+from weft.linear.block_semi_sparse import BlockSemiSparse, identities, largest
 from weft.registry import Card
 
 CARD = Card(

@@ -38,7 +38,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 
 from weft.algebra.quantise import decode, gptq, nearest
 from weft.algebra.random import generator
@@ -46,7 +45,7 @@ from weft.algebra.svd import svd_operations
 from weft.compress._allocate import Menus, Sizes, allocate
 from weft.compress._calibration import Statistics
 from weft.compress._config import CompressConfig
-from weft.compress._distil import Objective, Seen
+from weft.compress._distil import Objective, Seen, apart
 from weft.compress._factoriser import Factoriser, Tensors, moment
 from weft.compress._layers import Layer
 from weft.errors import UsageError
@@ -228,15 +227,3 @@ class Int21Objective(Objective[Int21Config]):
 
     def terms(self, student: Seen, teacher: Seen) -> list[Tensor]:
         return [apart(student.logits, teacher.logits, self.config.loss)]
-
-
-def apart(own: Tensor, other: Tensor, loss: str) -> Tensor:
-    """How far logits (… × classes) are from a teacher's (…): a sum over the classes, of mse a mean."""
-    wide = torch.promote_types(own.dtype, torch.float32)
-    own, other = own.to(wide), other.to(wide)
-    if loss == "mse":
-        return (own - other).square().mean(-1)
-    ours, theirs = log_softmax(own, -1), log_softmax(other, -1)
-    if loss == "kl":
-        return kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-    return -(theirs.exp() * ours).sum(-1)

@@ -1,7 +1,8 @@
 """A sparse matrix with as many entries in each row: how it is stored, and how it is multiplied by.
 
 S (out × k) has s entries in each row, v (out × s), `values`, at places that take, for each row, a bit a column, or s
-whole numbers of 8, 16 or 32 bits, whichever is shorter: `support`. In memory are the whole numbers besides.
+whole numbers of 8, 16 or 32 bits, whichever is shorter: `support`. In memory are the whole numbers besides. Where S is
+several blocks of k columns side by side, a row has s entries in each of them, and the numbers count within a block.
 
 With many rows of x, S is written out for some of its rows at a time and multiplied as a dense matrix; a processor
 multiplies by the sparse matrix where that is faster, with few rows of x, or few entries in a row of S and float32.
@@ -31,51 +32,69 @@ SPARSE = torch.backends.mkl.is_available()  # whether there is one
 
 
 class Coded(StructuredLinear):
-    """A linear layer with an S (out × k) in it, which `_make_codes` makes."""
+    """A linear layer with an S (rows × k, a row for each output if nothing else is said) in it, which `_make_codes`
+    makes."""
 
     values: nn.Parameter
     support: Tensor
-    places: Tensor  # out × s, ascending, as whole numbers; not stored
+    places: Tensor  # rows × s, ascending, as whole numbers; not stored
 
-    def _make_codes(self, k: int, s: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """S without values, for a constructor."""
-        self._width = k
-        self.values = nn.Parameter(torch.empty(self.out_features, s, device=device, dtype=dtype))
-        first = torch.arange(s, device=device).expand(self.out_features, -1)
-        self.register_buffer("support", stored(first, k))
-        self.register_buffer("places", first.to(smallest_int(k)), persistent=False)
+    def _make_codes(
+        self,
+        k: int,
+        s: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        *,
+        rows: int | None = None,
+        blocks: int = 1,
+    ) -> None:
+        """S without values, for a constructor; k and s are those of a block."""
+        rows = self.out_features if rows is None else rows
+        self._width, self._blocks = k * blocks, blocks
+        self.values = nn.Parameter(torch.empty(rows, s * blocks, device=device, dtype=dtype))
+        first = (torch.arange(s, device=device) + offsets(k, 1, blocks, device)[:, None]).flatten().expand(rows, -1)
+        self.register_buffer("support", stored(first, k, blocks))
+        self.register_buffer("places", first.to(smallest_int(self._width)), persistent=False)
         self.register_load_state_dict_post_hook(_derived)
 
     @property
     def nonzeros(self) -> int:
         """s."""
-        return self.values.shape[1]
+        return self.values.shape[1] // self._blocks
 
     def _set_codes(self, index: Tensor, values: Tensor) -> None:
-        """S with values (out × s) at places (out × s, ascending)."""
+        """S with values (rows × s, of all blocks) at places (rows × s, ascending, among all columns)."""
         self.values.copy_(values)
-        self.support.copy_(stored(index, self._width))
+        self.support.copy_(stored(index, self._width // self._blocks, self._blocks))
         self.derive()
 
     def derive(self) -> None:
-        k, s = self._width, self.nonzeros
-        if not as_bits(k, s):
-            self.places = self.support.clone()
+        k, s, blocks = self._width // self._blocks, self.nonzeros, self._blocks
+        narrow = smallest_int(self._width)
+        if not as_bits(k, s, blocks):
+            within = self.support.clone() if blocks == 1 else self.support.long() + offsets(k, s, blocks, self.support)
+            self.places = within.to(narrow)
             return
-        mask = unpack(self.support, k)
-        if bool((mask.sum(1) != s).any()):
+        mask = unpack(self.support, self._width)
+        if bool((mask.view(len(mask), blocks, k).sum(-1) != s).any()):
             raise WeftError(f"each output of this layer takes {s} of {k}, and its support names more or fewer")
-        self.places = mask.nonzero()[:, 1].view(-1, s).to(smallest_int(k))
+        self.places = mask.nonzero()[:, 1].view(-1, s * blocks).to(narrow)
 
     def _times_codes(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
         """z·Sᵀ + b (… × out) of z (… × k), in its dtype."""
         values, bias = self.values.to(z.dtype), None if bias is None else bias.to(z.dtype)
         flat = z.reshape(-1, self._width)
-        y = (_sparse if _is_faster(flat, self.nonzeros) else _Codes.apply)(flat, values, bias, self.places)
-        return y.view(*z.shape[:-1], self.out_features)
+        y = (_sparse if _is_faster(flat, values.shape[1]) else _Codes.apply)(flat, values, bias, self.places)
+        return y.view(*z.shape[:-1], len(values))
+
+    def _onto_codes(self, x: Tensor) -> Tensor:
+        """x·S (… × k) of x (… × rows), in its dtype."""
+        z = _Onto.apply(x.reshape(-1, len(self.values)), self.values.to(x.dtype), self.places, self._width)
+        return z.view(*x.shape[:-1], self._width)
 
     def _written_out(self, dtype: torch.dtype) -> Tensor:
-        """S (out × k)."""
+        """S (rows × k)."""
         return spread(self.places.long(), self.values.to(dtype), self._width)
 
 
@@ -143,16 +162,52 @@ class _Codes(torch.autograd.Function):
         return None if of_z is None else of_z.to(z.dtype), of_values, grad.sum(0) if wants_bias else None, None
 
 
+class _Onto(torch.autograd.Function):
+    """x·S (n × k) of x (n × rows), of which S is kept as little as by `_Codes`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, places: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(x, values, places)
+        z = torch.zeros(len(x), k, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for start in range(0, len(values), TILE):
+            rows = slice(start, start + TILE)
+            z += x[:, rows] @ spread(places[rows].long(), values[rows], k)
+        return z.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, places = ctx.saved_tensors
+        wants_x, wants_values, *_ = ctx.needs_input_grad
+        of_x = torch.empty_like(x) if wants_x else None
+        of_values = torch.empty_like(values) if wants_values else None
+        for start in range(0, len(values), TILE):
+            rows = slice(start, start + TILE)
+            index = places[rows].long()
+            if of_x is not None:
+                of_x[:, rows] = grad @ spread(index, values[rows], grad.shape[1]).mT
+            if of_values is not None:
+                of_values[rows] = (x[:, rows].mT @ grad).gather(1, index)
+        return of_x, of_values, None, None
+
+
 def _derived(layer: Coded, keys: Any) -> None:
     """After loading by torch alone."""
     layer.derive()
 
 
-def stored(index: Tensor, k: int) -> Tensor:
-    """Places (out × s, ascending) as they are stored."""
-    if not as_bits(k, index.shape[1]):
-        return index.to(smallest_int(k))
-    return pack(torch.zeros(len(index), k, dtype=torch.bool, device=index.device).scatter_(1, index, True))
+def stored(index: Tensor, k: int, blocks: int = 1) -> Tensor:
+    """Places (rows × s·blocks, ascending, among all columns) as they are stored."""
+    rows, many = index.shape
+    if not as_bits(k, many // blocks, blocks):
+        return (index - offsets(k, many // blocks, blocks, index)).to(smallest_int(k))
+    return pack(torch.zeros(rows, k * blocks, dtype=torch.bool, device=index.device).scatter_(1, index, True))
+
+
+def offsets(k: int, s: int, blocks: int, like: Tensor | torch.device | str | None) -> Tensor:
+    """Where the block begins of each of a row's places (s·blocks)."""
+    device = like.device if isinstance(like, Tensor) else like
+    return torch.arange(0, k * blocks, k, device=device).repeat_interleave(s)
 
 
 def smallest_int(k: int) -> torch.dtype:
@@ -160,11 +215,11 @@ def smallest_int(k: int) -> torch.dtype:
     return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if k - 1 <= torch.iinfo(t).max)
 
 
-def as_bits(k: int, s: int) -> bool:
-    """Whether k bits take less than s whole numbers."""
-    return -(-k // 8) <= s * smallest_int(k).itemsize
+def as_bits(k: int, s: int, blocks: int = 1) -> bool:
+    """Whether a bit for each of k columns takes less than s whole numbers, a row."""
+    return -(-k * blocks // 8) <= s * blocks * smallest_int(k).itemsize
 
 
-def support_bits(k: int, s: int) -> int:
-    """Bits in which the places of s values among k are stored."""
-    return 8 * min(-(-k // 8), s * smallest_int(k).itemsize)
+def support_bits(k: int, s: int, blocks: int = 1) -> int:
+    """Bits in which the places of a row's values are stored, s among k in each block."""
+    return 8 * min(-(-k * blocks // 8), s * blocks * smallest_int(k).itemsize)

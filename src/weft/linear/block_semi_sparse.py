@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from weft.algebra.bits import pack, unpack
+from weft.algebra.blocks import blocks_times, times_blocks
 from weft.errors import UsageError
 from weft.linear._structured import StructuredLinear
 
@@ -185,21 +186,6 @@ def identities(like: Tensor, block_out: int, block_in: int) -> tuple[Tensor, Ten
         torch.eye(block, dtype=like.dtype, device=like.device).repeat(side // block, 1, 1)
         for block, side in zip((block_out, block_in), like.shape)
     )
-
-
-def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x·diag(blocks), for x … × n and n/b blocks of b × b."""
-    count, side, _ = blocks.shape
-    if side == 1:
-        return x * blocks.flatten()
-    columns = x.reshape(-1, count, side).transpose(0, 1)
-    return (columns @ blocks).transpose(0, 1).reshape(x.shape)
-
-
-def blocks_times(blocks: Tensor, x: Tensor) -> Tensor:
-    """diag(blocks)·x, for x n × m and n/b blocks of b × b."""
-    count, side, _ = blocks.shape
-    return (blocks @ x.reshape(count, side, -1)).view(x.shape)
 
 
 def packed(mask: Tensor) -> Tensor:

@@ -207,6 +207,8 @@ def load_tensors(model: nn.Module, path: Path, optimizer: torch.optim.Optimizer 
     import torch
     from safetensors.torch import load_file
 
+    from weft.linear._structured import Structured
+
     stored = load_file(str(path))
     present = training_tensors(model, optimizer)
     if stored.keys() != present.keys():
@@ -220,6 +222,9 @@ def load_tensors(model: nn.Module, path: Path, optimizer: torch.optim.Optimizer 
                     f"{tensor.dtype} there and {tuple(present[name].shape)} {present[name].dtype} here"
                 )
             present[name].copy_(tensor)
+        for layer in model.modules():
+            if isinstance(layer, Structured):
+                layer.derive()
 
 
 def remove(folder: Path) -> None:
