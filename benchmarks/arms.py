@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -42,6 +42,7 @@ class Study:
         centre: the learning rate in the middle of the grid.
         steps: of a run that tries a rate, and of one that is tested: "rate", "test". Rows of other lengths are of
             another study.
+        still: arms that learn nothing, for which no rate is tried.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Study:
     seeds: int
     centre: float
     steps: Mapping[str, int]
+    still: Collection[str] = ()
 
     def rows(self) -> list[Row]:
         """The runs in the file that are of this study."""
@@ -63,10 +65,11 @@ class Study:
             mine = [row for row in rows if (row["problem"], row["arm"]) == (problem, arm)]
             tried = {row["power"]: row["validation"] for row in mine if row["phase"] == "rate"}
             done = {row["seed"] for row in mine if row["phase"] == "test"}
-            missing = untried(tried)
+            still = arm in self.still
+            missing = [] if still else untried(tried)
             runs = [("rate", power, 0) for power in missing]
             if not missing:
-                runs = [("test", best(tried), seed) for seed in range(self.seeds) if seed not in done]
+                runs = [("test", 0 if still else best(tried), seed) for seed in range(self.seeds) if seed not in done]
             for phase, power, seed in runs:
                 rate = float(f"{self.centre * FACTOR**power:.4g}")
                 job = {"problem": problem, "arm": arm, "phase": phase, "power": power, "rate": rate, "seed": seed}

@@ -177,7 +177,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     steps = {"rate": args.steps // 4, "test": args.steps}
-    study = arms.Study(args.out / "runs.jsonl", [PROBLEM], ARMS, args.seeds, RECIPE["learning_rate"], steps)
+    still = ["dense", *(arm for arm in ARMS if arm.endswith("untrained"))]
+    study = arms.Study(args.out / "runs.jsonl", [PROBLEM], ARMS, args.seeds, RECIPE["learning_rate"], steps, still)
     times = args.out / "times.json"
     if not args.tables:
         if args.data_dir is None:
