@@ -86,7 +86,7 @@ def cifar(folder: Path) -> Task:
     shares = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
     rates = (1e-3, 3e-3, 1e-2)
     make = functools.partial(already, folder, "resnet20")
-    return Task(make, *parts, epochs=10, rates=rates, shares=shares, step=0.05, augment=True)
+    return Task(make, *parts, epochs=10, rates=rates, shares=shares, step=0.1, augment=True)
 
 
 TASKS = {"digits": digits, "cifar": cifar}
