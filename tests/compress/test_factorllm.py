@@ -140,7 +140,7 @@ def test_how_many_a_token_meets(options: dict[str, Any], k: int) -> None:
 def test_include_names_the_mlps() -> None:
     student, _ = pair("opt", include=r"model\.decoder\.layers\.1\.mlp")
     assert list(routed(student)) == ["model.decoder.layers.1"]
-    with pytest.raises(UsageError, match=r"include='fc1', exclude=None leave nothing; there are: .*layers\.0\.mlp, "):
+    with pytest.raises(UsageError, match=r"include='fc1', exclude=None leave nothing; there are: mlp"):
         pair("opt", include="fc1")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,7 @@ class Group:
 
 
 Unit = Layer | Group  # what a method takes apart at one size
+G = TypeVar("G", bound=Group)
 
 
 def type_of(name: str) -> str:
@@ -144,6 +145,30 @@ def targets(
         names = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
         raise UsageError(f"include={include!r}, exclude={exclude!r} leave no {noun}; there are: {names}")
     return found
+
+
+def picked(
+    found: Sequence[G],
+    knows: str,
+    like: str,
+    model: nn.Module,
+    include: list[str] | str | None,
+    exclude: list[str] | str | None,
+) -> list[G]:
+    """Of the groups that a method found in a model, those to compress.
+
+    Raises UsageError where there are none, with what the method `knows` and the model's classes named `like` them, or
+    where nothing is left.
+    """
+    if not found:
+        odd = sorted({type(m).__name__ for m in model.modules() if like in type(m).__name__.lower()})
+        raise UsageError(f"{knows}, and {type(model).__name__} has {', '.join(odd) if odd else 'none of them'}")
+    chosen = selection(include, exclude)
+    groups = [group for group in found if chosen(group.name)]
+    if not groups:
+        names = ", ".join(sorted({group.name.rpartition(".")[2] for group in found}))
+        raise UsageError(f"include={include!r}, exclude={exclude!r} leave nothing; there are: {names}")
+    return groups
 
 
 def mlp(name: str, module: nn.Module, free: Mapping[str, Layer]) -> Group | None:

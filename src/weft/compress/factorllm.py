@@ -47,11 +47,10 @@ from weft.compress._allocate import Menus, Sizes
 from weft.compress._config import CompressConfig
 from weft.compress._distil import Objective, Seen
 from weft.compress._factoriser import Factoriser, Tensors
-from weft.compress._layers import Group, Layer, mlp, targets
+from weft.compress._layers import Group, Layer, mlp, picked, targets
 from weft.errors import UsageError
 from weft.linear._structured import Structured
 from weft.linear.routed_mlp import Expert, Experts, RoutedMlp, shares
-from weft.patterns import selection
 from weft.registry import Card
 
 CARD = Card(
@@ -182,18 +181,8 @@ class FactorllmFactoriser(Factoriser[FactorllmConfig]):
     def units(self, model: nn.Module) -> Sequence[Group]:
         free = {layer.name: layer for layer in targets(model, None, None)}
         found = [group for name, module in model.named_modules() if (group := mlp(name, module, free)) is not None]
-        if not found:
-            odd = sorted({type(m).__name__ for m in model.modules() if "mlp" in type(m).__name__.lower()})
-            has = f"has {', '.join(odd)}" if odd else "has none of them"
-            raise UsageError(
-                f"factorllm knows the MLPs of Llama, Qwen2, Qwen3 and OPT, and {type(model).__name__} {has}"
-            )
-        include, exclude = self.config.include, self.config.exclude
-        chosen = selection(include, exclude)
-        groups = [group for group in found if chosen(group.name)]
-        if not groups:
-            names = ", ".join(group.name for group in found)
-            raise UsageError(f"include={include!r}, exclude={exclude!r} leave nothing; there are: {names}")
+        knows = "factorllm knows the MLPs of Llama, Qwen2, Qwen3 and OPT"
+        groups = picked(found, knows, "mlp", model, self.config.include, self.config.exclude)
         few = next((group for group in groups if group.shape[0] < self.config.experts), None)
         if few is not None:
             raise UsageError(

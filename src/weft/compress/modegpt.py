@@ -51,14 +51,13 @@ from weft.compress._allocate import Menus, Sizes, allocate, block_influence
 from weft.compress._calibration import Statistics
 from weft.compress._config import CompressConfig
 from weft.compress._factoriser import Factoriser, Tensors, left_over, moment
-from weft.compress._layers import Group, Layer, mlp, targets
+from weft.compress._layers import Group, Layer, mlp, picked, targets
 from weft.errors import UsageError
 from weft.linear._codes import smallest_int
 from weft.linear._narrow import Narrow, filled
 from weft.linear._structured import Structured
 from weft.linear.narrow_attention import NarrowAttention
 from weft.linear.narrow_mlp import NarrowMlp
-from weft.patterns import selection
 from weft.registry import Card
 
 CARD = Card(
@@ -363,20 +362,8 @@ class ModegptFactoriser(Factoriser[ModegptConfig]):
         return self.kinds[isinstance(layer, Mlp)]
 
     def units(self, model: nn.Module) -> Sequence[Pair]:
-        found = list(_pairs(model))
-        if not found:
-            odd = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
-            has = f"has {', '.join(odd)}" if odd else "has no attention"
-            raise UsageError(
-                f"modegpt knows the pairs of Llama, Qwen2, Qwen3 and OPT, and {type(model).__name__} {has}"
-            )
-        include, exclude = self.config.include, self.config.exclude
-        chosen = selection(include, exclude)
-        pairs = [pair for pair in found if chosen(pair.name)]
-        if not pairs:
-            names = ", ".join(sorted({pair.name.rpartition(".")[2] for pair in found}))
-            raise UsageError(f"include={include!r}, exclude={exclude!r} leave nothing; there are: {names}")
-        return pairs
+        knows = "modegpt knows the pairs of Llama, Qwen2, Qwen3 and OPT"
+        return picked(list(_pairs(model)), knows, "attention", model, self.config.include, self.config.exclude)
 
     def needs(self, layer: Layer) -> tuple[str, ...]:
         return NEEDS.get(_last(layer), ())
