@@ -60,6 +60,30 @@ def test_a_table_and_a_report(weft, llama, corpus, here, tmp_path):
     assert "holds a study with samples 8" in err and err.count("\n") == 1
 
 
+def test_what_is_trained_stands_beside_what_is_made_at_once(weft, llama, corpus, here, tmp_path):
+    """Trained points cost what untrained ones do, but for time, and a method that learns has both."""
+    words = words_of(
+        *(llama, corpus, tmp_path / "out", "--train", "steps=6,learning_rate=0.003", "--set", "pela.gamma=0.5"),
+        *("--test-fraction", 0.2), methods="svd,svd+train,pela,pela+train", keep="0.6",
+    )  # fmt: skip
+    code, out, err = weft(*words)
+    assert (code, err) == (0, ""), err
+    assert "Names with +train are trained after they are made, on the calibration data: steps=6" in out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()][1:]
+    assert all(row["status"] == "ok" for row in rows), rows
+    found = {row["method"]: row for row in rows if row["phase"] == "quality"}
+    assert list(found) == ["svd", "svd+train", "pela", "pela+train"]
+    losses = {name: row["corpora"][0]["loss"] for name, row in found.items()}
+    assert losses["svd"] == losses["pela"] and len(set(losses.values())) == 3  # untrained, they are one
+    assert max(losses["svd+train"], losses["pela+train"]) < losses["svd"]
+    assert len({row["bits"] for row in found.values()}) == 1
+    assert {name for name, row in found.items() if row["train_seconds"] is not None} == {"svd+train", "pela+train"}
+    assert "--train steps=6,learning_rate=0.003" in found["pela+train"]["command"]
+    assert "--train steps=0" in found["pela"]["command"] and "--gamma 0.5" in found["pela"]["command"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "results.jsonl"]
+    assert "Made in,<br>trained in" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_command_of_a_study_is_that_study(monkeypatch, llama):
     from weft.cli import _compare_compress
     from weft.cli.main import run
@@ -68,10 +92,11 @@ def test_the_command_of_a_study_is_that_study(monkeypatch, llama):
     made = []
     monkeypatch.setattr(_compare_compress, "run_study", lambda study, output, **more: made.append((study, str(output))))
     study = Study(
-        **{"model": str(llama), "data": "a b.txt", "methods": ("lord", "armor"), "keeps": (0.9, 0.5), "rows": 7},
+        **{"model": str(llama), "data": "a b.txt", "methods": ("lord", "pela+train"), "keeps": (0.9, 0.5), "rows": 7},
         **{"test_data": "t.txt", "test_fraction": 0.25, "data2": "d.txt", "columns": {"text": "body"}, "bf16": True},
         **{"options": {"lord": {"center": "false"}}, "include": "q_proj,k_proj", "exclude": "o_proj", "speed": False},
         **{"samples": 3, "max_length": 9, "batch_size": 2, "seed": 4, "split_seed": 5, "threads": 2},
+        **{"train": "steps=9"},
     )
     command = _compare_compress.study_command(study, "out")
     assert run(shlex.split(command)[1:]) == 0 and made == [(study, "out")]
@@ -101,7 +126,11 @@ def test_what_cannot_be_compared(refuse, llama, corpus, tmp_path):
         assert not (tmp_path / "out").exists()
 
     bad(methods="svd,svdd", says=("'svdd'", "did you mean 'svd'"))
-    bad(methods="svd,pela", says=("pela learns by training", "weft compress trains it"))
+    bad(methods="svd,pela+trian", says=("'pela+trian'", "did you mean 'pela'"))
+    bad("--train", "steps=3", says=("--train is for methods that are trained", "+train"))
+    bad("--train", "minutes=1", methods="pela+train", says=("--train minutes=1", "give steps"))
+    bad("--train", "rate=1", methods="pela+train", says=("'rate'",))
+    bad("--set", "pela.alpa=1", methods="pela+train", says=("pela has no option 'alpa'", "alpha"))
     bad(keep="0.5,lots", says=("--keep 'lots' is not a number",))
     bad(keep="0", says=("--keep 0",))
     bad(model=tmp_path / "none", says=("none", "neither a folder"))

@@ -32,7 +32,14 @@ def command(
             rich_help_panel=_NEEDED,
         ),
     ],
-    methods: Annotated[str, typer.Option(help="Names between commas: svd,svd_llm,lord, ...", rich_help_panel=_NEEDED)],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Names between commas: svd,svd_llm,lord, ...; a name with +train behind it (pela+train, svd+train) is "
+            "trained after it is made.",
+            rich_help_panel=_NEEDED,
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl and report.html.", rich_help_panel=_NEEDED)],
     keep: Annotated[
         str,
@@ -50,6 +57,13 @@ def command(
             rich_help_panel=_NEEDED,
         ),
     ] = "compress",
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="How those are trained: steps=300,learning_rate=1e-4, and other options of weft adapt.",
+            rich_help_panel=_NEEDED,
+        ),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of one method; may be repeated."),
@@ -113,7 +127,7 @@ def command(
     Each finished point is a line of OUTPUT/results.jsonl; the same command goes on after an interruption.
     """
     from weft.cli.compare import pair, settings_of
-    from weft.run.tradeoffs import Study
+    from weft.run.tradeoffs import Study, slug_of
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
@@ -127,7 +141,8 @@ def command(
         test_fraction=test_fraction,
         data2=data2,
         columns=dict(pair(each, "--columns") for each in columns.split(",")) if columns else None,
-        options=settings_of(setting or [], named),
+        options=settings_of(setting or [], tuple(map(slug_of, named))),
+        train=train,
         include=include,
         exclude=exclude,
         samples=samples,

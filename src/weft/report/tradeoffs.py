@@ -104,6 +104,11 @@ class Tradeoffs:
         """Whether any speed was measured."""
         return any(entry.speed for entries in self.tables.values() for entry in entries)
 
+    @property
+    def trained(self) -> bool:
+        """Whether anything was trained after it was made."""
+        return any(row.get("train_seconds") is not None for row in self.rows)
+
     def verdict(self, keep: float) -> str:
         """Who won at a share, in one sentence."""
         first = self._leaders(keep, 0)
@@ -249,6 +254,8 @@ def _cells(entry: Entry, study: Tradeoffs) -> dict[str, Any]:
         "kept": NOTHING if failed else f"{row['kept']:.3f}",
         "bytes": NOTHING if failed else quantities.size(row["bits"] / 8),
         "file": NOTHING if failed else quantities.size(row["file_bytes"]),
+        "made": quantities.duration(row["seconds"]),
+        "trained": quantities.duration(row.get("train_seconds")),
         "read": NOTHING if share is None else f"{share:.3f}",
         "speeds": [[quantities.short_count(entry.tokens(stage, batch)) for batch in BATCHES] for stage in STAGES],
     }

@@ -375,7 +375,12 @@ def _window(run: Request, tokenizer: Any, say: Callable[[str], None]) -> int:
 
 
 def run_adapt(
-    run: Request, rows: Rows, going_on: bool, say: Callable[[str], None], teach: Teach | None = None
+    run: Request,
+    rows: Rows,
+    going_on: bool,
+    say: Callable[[str], None],
+    teach: Teach | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train, save the adapter and the final evaluation into the output folder; what the result file says."""
     from weft.run import checkpoints
@@ -390,7 +395,8 @@ def run_adapt(
             start_output(run, going_on)
         except OSError as error:
             raise WeftError(f"output folder {str(output)!r} cannot be written: {error.strerror or error}") from error
-    result = train(base, splits, run.method, run.settings, output, resume=going_on, progress=first, teach=teach)
+    progress = progress and first
+    result = train(base, splits, run.method, run.settings, output, resume=going_on, progress=progress, teach=teach)
     test = {}
     if len(splits.test):
         test = shared_evaluation(result.model, splits.test, splits, run.settings)
@@ -415,12 +421,14 @@ def run_adapt(
     return facts
 
 
-def settled(run: Request, rows: Rows, say: Callable[[str], None], teach: Teach | None = None) -> dict[str, Any]:
+def settled(
+    run: Request, rows: Rows, say: Callable[[str], None], teach: Teach | None = None, *, progress: bool = True
+) -> dict[str, Any]:
     """What a run found, from its beginning, its newest checkpoint, or its end."""
     done = Path(str(run.options.output)) / RESULT_FILE
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    return run_adapt(run, rows, settle_output(run, None), say, teach)
+    return run_adapt(run, rows, settle_output(run, None), say, teach, progress)
 
 
 def _short(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -91,21 +91,28 @@ def waits(run: Request) -> bool:
     return run.train is not None and (start(run.work) / REPORT_FILE).exists()
 
 
-def train(run: Request, to: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train, and write the model's folder; its report. What is finished already is not done again."""
-    from weft.linear._transformers import to_dense, whole_folder
+def taught(run: Request, say: Callable[[str], None], *, progress: bool = True) -> tuple[Any, dict[str, Any]]:
+    """Train what lies in `start`; the model, as it is to be stored, and what was found. What is finished already is not
+    done again."""
     from weft.run import models
 
     assert run.train is not None
-    begun = start(run.work)
-    report = json.loads((begun / REPORT_FILE).read_text(encoding="utf-8"))
     job = request(run.options, run.method, run.train, run.work)
     rows = _adapt.read_rows(job.options)
     teach = _teacher(run, rows)
     job = _with_steps(run, job, rows, teach)
-    result = _adapt.settled(job, rows, say, teach)
-    stored = models.load_as_saved(str(begun), weights=False).dtype
-    model = models.load_as_saved(str(job.options.output)).to(stored)
+    result = _adapt.settled(job, rows, say, teach, progress=progress)
+    stored = models.load_as_saved(str(start(run.work)), weights=False).dtype
+    return models.load_as_saved(str(job.options.output)).to(stored), result
+
+
+def train(run: Request, to: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train, and write the model's folder; its report."""
+    from weft.linear._transformers import to_dense, whole_folder
+
+    begun = start(run.work)
+    report = json.loads((begun / REPORT_FILE).read_text(encoding="utf-8"))
+    model, result = taught(run, say)
     if run.options.dense and not run.options.then:
         to_dense(model)
     report |= {"training": {"train": run.train, **{key: result[key] for key in _TOLD}}}

@@ -21,7 +21,18 @@ from weft.errors import UsageError, nearest
 from weft.run import compress, costs, distil, evaluate, fidelity, models, sources
 from weft.run.single import sentence, without_nan
 from weft.run.study import Row
-from weft.run.tradeoffs import DENSE, PILLAR, Point, Study, empty_row, saves_reading, study_from
+from weft.run.tradeoffs import (
+    DENSE,
+    PILLAR,
+    TRAINED,
+    Point,
+    Study,
+    empty_row,
+    is_trained,
+    saves_reading,
+    slug_of,
+    study_from,
+)
 
 if TYPE_CHECKING:
     from weft.compress._engine import Compression
@@ -38,26 +49,30 @@ def request(study: Study, method: str, keep: float) -> compress.Request:
 
     Raises UsageError for options that the method does not have or cannot take.
     """
+    name, method = method, slug_of(method)
     keys = compress.method_keys_of(method)
-    if distil.learns(method):
-        raise UsageError(
-            f"{method} learns by training, and this comparison is of what is made at once: weft compress trains it, "
-            "and weft evaluate measures the result"
-        )
     knob = registry.card(method, PILLAR).knob
     settings = dict(study.options.get(method, {}))
-    for name in settings:
-        if name not in keys:
-            raise UsageError(f"--set {method}.{name}: {method} has no option {name!r}: {nearest(name, keys)}")
-        if name in ("keep", knob, "include", "exclude"):
-            flag = name if name in ("include", "exclude") else "keep"
-            raise UsageError(f"--set {method}.{name}: --{flag} says that for all methods")
+    for key in settings:
+        if key not in keys:
+            raise UsageError(f"--set {method}.{key}: {method} has no option {key!r}: {nearest(key, keys)}")
+        if key in ("keep", knob, "include", "exclude"):
+            flag = key if key in ("include", "exclude") else "keep"
+            raise UsageError(f"--set {method}.{key}: --{flag} says that for all methods")
     settings |= {name: value for name in ("include", "exclude") if (value := getattr(study, name)) is not None}
     settings[knob] = keep if knob == "keep" else round(1 - keep, 12)
     common = ("model", "data", "columns", "split_seed", "samples", "max_length", "batch_size", "seed", "bf16")
     given = {name: getattr(study, name) for name in common}
-    given |= {"method": method, "threads": study.threads, "output": f"{method}-{keep:g}"}
-    given |= {"validation_fraction": 0.0, "test_fraction": 0.0 if study.test_data else study.test_fraction}
+    given |= {"method": method, "threads": study.threads, "output": f"{name}-{keep:g}"}
+    given |= {"test_fraction": 0.0 if study.test_data else study.test_fraction}
+    if not study.trains:  # else its default, for all points, so that they calibrate on the same rows
+        given |= {"validation_fraction": 0.0}
+    if is_trained(name):
+        given |= {"train": study.train or distil.DEFAULT}
+        if distil.parse(given["train"])[1] is not None:
+            raise UsageError(f"--train {study.train}: give steps, as many for every method, and not minutes")
+    elif distil.learns(method):
+        given |= {"train": distil.NONE}
     given |= {keys[name]: value for name, value in settings.items()}
     return compress.request({name: value for name, value in given.items() if value is not None})
 
@@ -104,6 +119,9 @@ def facts(study: Study, tell: Callable[[str], None]) -> Row:
             calibration = compress.calibration(run, model, shape, notes.append)
     for method in study.methods:
         notes += _remarks(method, study, model)
+    if study.trains:
+        how = study.train or distil.DEFAULT
+        notes.append(f"Names with {TRAINED} are trained after they are made, on the calibration data: {how}.")
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "matrices": len(layers),
@@ -222,7 +240,7 @@ class Bench:
             same = [each["keep"] for each in known if each["sizes"] == [row.size for row in rows]]
             if same:
                 return run, model, same[0]
-        folder = self.output / "work" / run.method
+        folder = self.output / "work" / point.method
         if not shape.maker.nested or run.config.sequential:  # what is found serves this share alone
             folder = folder / f"{point.keep:g}"
         data = compress.batches_of(self.calibration(run, shape, model))
@@ -231,7 +249,7 @@ class Bench:
     def quality(self, point: Point, known: Sequence[Row]) -> Row:
         """What a point stores, reads and loses."""
         run, model, made = self.compressed(point, known)
-        row: Row = {"options": self.study.options.get(point.method, {}), "command": run.command()}
+        row: Row = {"options": self.study.options.get(run.method, {}), "command": run.command()}
         if isinstance(made, float):
             return row | {"same_as": made}
         row |= {
@@ -243,10 +261,26 @@ class Bench:
             "seconds": round(made.seconds, 3),
             "layers": [dataclasses.asdict(layer) for layer in made.rows],
         }
+        if run.train is not None:
+            model, row["train_seconds"] = self.trained(run, model, point)
         for module in model.modules():
             if getattr(module, "prefill_ratio", None) == 1:  # whole sequences would run dense, unlike generation
                 module.prefill_ratio = math.nextafter(1.0, 0.0)
         return row | {"corpora": self.measured(self.ready(model))}
+
+    def trained(self, run: compress.Request, model: Any, point: Point) -> tuple[Any, float]:
+        """The model after its training, and how many seconds that took; killed, it goes on from its checkpoint."""
+        from weft.linear._transformers import whole_folder
+
+        to = str(self.output / "work" / f"{point.method}-{point.keep:g}")
+        run = dataclasses.replace(run, options=dataclasses.replace(run.options, output=to))
+        if not distil.start(run.work).exists():
+            with whole_folder(distil.start(run.work)) as partial:
+                model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
+        model, found = distil.taught(run, lambda text: None, progress=False)
+        shutil.rmtree(run.work)
+        return model, found["seconds"]
 
     def file_bytes(self, model: Any, point: Point) -> int:
         """Of the weight files that the model takes, written and removed again."""

@@ -24,6 +24,7 @@ from weft.run.study import Results, Row, open_results, read_rows, request_of
 
 PILLAR = "compress"
 COLLAPSED = math.log(2)  # nats a token: twice the dense model's perplexity
+TRAINED = "+train"  # behind a method's name: trained after it is made
 DENSE = "dense"  # the original model, in rows and figures
 
 
@@ -33,10 +34,12 @@ class Study:
 
     Attributes:
         data: its training split calibrates.
+        methods: names; one that is followed by TRAINED learns by what the method learns by, or by the task alone.
         keeps: shares of the targeted matrices' bits, descending. What a method that has no `keep` shall read of them.
         test_data: text for the perplexity; None: the test split of `data`, or `test_fraction` of its rows, held out.
         data2: a second corpus for it, of which no row calibrates.
         options: method → values of its config's fields.
+        train: how those are trained that are, as `weft compress --train` takes it; None: by the method's default.
         include, exclude: the matrices, for all methods alike.
         samples, max_length, batch_size: calibration sequences, tokens of these and of test rows, rows at once.
         rows: of each test corpus only as many, at even distances; None for all.
@@ -54,6 +57,7 @@ class Study:
     data2: str | None = None
     columns: dict[str, str] | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train: str | None = None
     include: str | None = None
     exclude: str | None = None
     samples: int = 128
@@ -72,8 +76,10 @@ class Study:
         if not self.methods:
             raise UsageError("--methods is empty; give for example --methods svd,svd_llm")
         for name in self.methods:
-            if name not in known:
+            if slug_of(name) not in known:
                 raise UsageError(f"--methods: there is no compression method {name!r}: {nearest(name, known)}")
+        if self.train is not None and not self.trains:
+            raise UsageError(f"--train is for methods that are trained, and none of --methods ends in {TRAINED}")
         if not self.keeps:
             raise UsageError("--keep is empty; give for example --keep 0.9,0.7,0.5")
         for keep in self.keeps:
@@ -95,9 +101,25 @@ class Study:
             if getattr(self, name) == self.data:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} {self.data} is the calibration data itself: give another corpus, or leave it")
-        strangers = [name for name in self.options if name not in self.methods]
+        strangers = [name for name in self.options if name not in map(slug_of, self.methods)]
         if strangers:
             raise UsageError(f"--set names {strangers[0]!r}, which is not among --methods {','.join(self.methods)}")
+
+
+    @property
+    def trains(self) -> bool:
+        """Whether any method is trained."""
+        return any(map(is_trained, self.methods))
+
+
+def slug_of(name: str) -> str:
+    """The method of a name in a study."""
+    return name.removesuffix(TRAINED)
+
+
+def is_trained(name: str) -> bool:
+    """Whether what a name in a study makes is trained then."""
+    return name.endswith(TRAINED)
 
 
 def study_from(request: Row) -> Study:
@@ -129,12 +151,14 @@ def empty_row(point: Point) -> Row:
     """A point's row before it was measured: failed unless told otherwise.
 
     Of a quality row: `kept` and `bits` are stored bits of the targeted matrices after compression, as a share and in
-    all; `reads` those read for a token; `file_bytes` the weight files, whole; `corpora` has an entry a test corpus.
+    all; `reads` those read for a token; `file_bytes` the weight files, whole; `seconds` is what it took to make, and
+    `train_seconds` to train; `corpora` has an entry a test corpus.
     """
     return {
         **{"kind": "run", "phase": point.phase, "method": point.method, "keep": point.keep},
         **{"status": "failed", "error": None, "options": {}, "command": "", "same_as": None},
         **{"kept": None, "bits": None, "dense_bits": None, "reads": None, "file_bytes": None, "seconds": None},
+        "train_seconds": None,
         **{"layers": [], "corpora": [], "speed": None, "dense_speed": None},
     }
 
@@ -360,4 +384,4 @@ def within(row: Row) -> bool:
 
 def saves_reading(method: str) -> bool:
     """Whether a method saves what is read for a token, and not what is stored."""
-    return "keep" in registry.card(method, PILLAR).reasons
+    return "keep" in registry.card(slug_of(method), PILLAR).reasons
