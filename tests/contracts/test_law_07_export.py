@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import export_worker
+import forked
 import harness
 import pytest
 import specimens
@@ -59,7 +58,7 @@ def export_all(root: Path) -> None:
                 continue
             (folder / "report.txt").write_text(report)
             (folder / "case.json").write_text(json.dumps({"cell": name, "form": form}))
-    done = subprocess.run([sys.executable, export_worker.__file__, str(root)], capture_output=True, text=True)
+    done = forked.run([export_worker.__file__, root])
     assert done.returncode == 0, done.stderr
 
 
