@@ -2,7 +2,8 @@
 
 Importing torch, transformers and peft takes six seconds of a core, most of what a short process costs. What is asked
 of such a process in a test is what weft does in it, from its own import on. Where the libraries' import is what is
-tried, or what a user's command says on standard error while they load, the process is started as any other.
+tried, or what a user's command says on standard error while they load, the process is started as any other; where
+the same thing is done many times over, weft is among what it begins with.
 
     with forked.popen(["-m", "weft", "methods"], env=...) as process: ...     the words that would follow `python`
 """
@@ -31,6 +32,7 @@ from typing import Any
 TORCH = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "scipy.optimize")
 TORCH += ("torchao", "accelerate", "sklearn.metrics", "huggingface_hub.hf_api", "tokenizers", "regex", "jinja2")
 ALL = (*TORCH, "transformers.trainer", "peft", "datasets")
+WEFT = (*ALL, "weft.run.train", "weft.run.compress", "weft.adapters", "weft.compress._engine")
 
 
 class Process:
@@ -142,7 +144,6 @@ def _server(libraries: tuple[str, ...]) -> tuple[subprocess.Popen, socket.socket
     ours, theirs = socket.socketpair()
     command = [sys.executable, __file__, str(theirs.fileno()), *libraries]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
     quiet = subprocess.DEVNULL
     options = {"env": environment, "stdin": quiet, "stdout": quiet, "stderr": quiet}
     server = subprocess.Popen(command, pass_fds=[theirs.fileno()], **options)
@@ -211,6 +212,11 @@ if __name__ == "__main__":
     for library in sys.argv[2:]:
         with contextlib.suppress(ImportError):  # what is not installed is not missed
             importlib.import_module(library)
+    if "transformers" in sys.modules:
+        with contextlib.suppress(ImportError):  # a process's first model makes it compile a thousand expressions
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+            get_checkpoint_conversion_mapping("llama")
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # else each collection, and trainers make one after every run, looks at all that was imported
     _run(_serve(socket.socket(fileno=int(sys.argv[1]))))
