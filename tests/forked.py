@@ -111,10 +111,8 @@ def popen(
     told, tells = socket.socketpair()
     readable, writable = os.pipe()
     stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    _, server = _server(libraries)
     with tells:
-        server.sendall(json.dumps(request).encode() + b"\n")
-        socket.send_fds(server, [b"!"], [writable, stderr.fileno(), tells.fileno()])
+        _ask(_server(libraries), request, [writable, stderr.fileno(), tells.fileno()])
     os.close(writable)
     answers = told.makefile("r")
     told.close()
@@ -138,34 +136,63 @@ def together(
     return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(started, told, strict=True)]
 
 
+_started: list[subprocess.Popen] = []
+
+
 @functools.cache
-def _server(libraries: tuple[str, ...]) -> tuple[subprocess.Popen, socket.socket]:
-    """The process with the libraries, which ends when this one does."""
+def _server(libraries: tuple[str, ...]) -> socket.socket:
+    """To the process with the libraries, which ends when this one does; forked from the one with most of them."""
     ours, theirs = socket.socketpair()
-    command = [sys.executable, __file__, str(theirs.fileno()), *libraries]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    quiet = subprocess.DEVNULL
-    options = {"env": environment, "stdin": quiet, "stdout": quiet, "stderr": quiet}
-    server = subprocess.Popen(command, pass_fds=[theirs.fileno()], **options)
-    theirs.close()
-    return server, ours
+    fewer = max((some for some in (TORCH, ALL) if set(some) < set(libraries)), key=len, default=None)
+    with theirs:
+        if fewer:
+            _ask(_server(fewer), {"libraries": libraries}, [theirs.fileno()])
+        else:
+            command = [sys.executable, __file__, str(theirs.fileno()), *libraries]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            _started.append(subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams))
+    return ours
 
 
-def _serve(requests: socket.socket) -> list[str]:
+def _ask(server: socket.socket, request: dict[str, Any], files: list[int]) -> None:
+    server.sendall(json.dumps(request).encode() + b"\n")
+    socket.send_fds(server, [b"!"], files)
+
+
+def _load(libraries: Sequence[str]) -> None:
+    for library in libraries:
+        with contextlib.suppress(ImportError):  # what is not installed is not missed
+            importlib.import_module(library)
+    if "transformers" in sys.modules:
+        with contextlib.suppress(ImportError):  # a process's first model makes it compile a thousand expressions
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+            get_checkpoint_conversion_mapping("llama")
+    gc.collect()
+    gc.freeze()  # else each collection, and trainers make one after every run, looks at all that was imported
+
+
+def _serve(requests: socket.socket, libraries: Sequence[str]) -> list[str]:
     """Fork for every request, until there are no more; returns in each forked process, with its words."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _load(libraries)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who wait for a process are not waited for themselves
     lines = requests.makefile("rb", buffering=0)
     while line := lines.readline():
         _, files, *_ = socket.recv_fds(requests, 1, 3)
+        request = json.loads(line)
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(requests.detach())
+            if "libraries" in request:
+                return _serve(socket.socket(fileno=files[0]), request["libraries"])
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             out, err, tells = files
             pid = os.fork()
             if pid == 0:
                 os.close(tells)
-                return _become(json.loads(line), out, err)
+                return _become(request, out, err)
             os.close(out)
             os.close(err)
             os.write(tells, f"{pid}\n".encode())
@@ -209,14 +236,4 @@ def _run(words: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).resolve().parent))
-    for library in sys.argv[2:]:
-        with contextlib.suppress(ImportError):  # what is not installed is not missed
-            importlib.import_module(library)
-    if "transformers" in sys.modules:
-        with contextlib.suppress(ImportError):  # a process's first model makes it compile a thousand expressions
-            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-            get_checkpoint_conversion_mapping("llama")
-    gc.collect()
-    gc.freeze()  # else each collection, and trainers make one after every run, looks at all that was imported
-    _run(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    _run(_serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]))
