@@ -411,17 +411,23 @@ def results_page() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _study(path: Path) -> Iterator[str]:
+@functools.cache
+def _digested(path: Path) -> tuple[dict[str, Any], Any]:
+    """A comparison's first row and what its report makes of it: read once, though every method's page asks for it."""
     from weft.report.study import parse, read
     from weft.report.tradeoffs import digest
 
     head, rows, notes = parse(path)
+    return head, digest(head, rows, notes) if head.get("pillar") == "compress" else read(path)
+
+
+def _study(path: Path) -> Iterator[str]:
+    head, found = _digested(path)
     yield f"## Comparison: {study_name(path)}"
     if head.get("pillar") == "compress":
-        found = digest(head, rows, notes)
         yield prose(". ".join(f"Keeping {keep:g} of the bits, {found.verdict(keep)}" for keep in found.tables) + ".")
     else:
-        yield prose(read(path).verdict)
+        yield prose(found.verdict)
     yield table(*_study_rows(path))
     yield _made_by(head)
     if (path.parent / "report.html").exists():
@@ -431,11 +437,10 @@ def _study(path: Path) -> Iterator[str]:
 def _study_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """Headings and one row a method of a comparison, as its report has them; a row a share, of compression."""
     from weft.report import quantities
-    from weft.report.study import parse, read
 
-    if parse(path)[0].get("pillar") == "compress":
-        return _tradeoff_rows(path)
-    study = read(path)
+    head, study = _digested(path)
+    if head.get("pillar") == "compress":
+        return _tradeoff_rows(study)
     rows = [
         [
             str(line.rank or ""),
@@ -451,12 +456,9 @@ def _study_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return ["rank", "method", score, "trainable", "memory", "a step"], rows
 
 
-def _tradeoff_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    from weft.report.study import parse
+def _tradeoff_rows(study: Any) -> tuple[list[str], list[list[str]]]:
     from weft.report.template import short
-    from weft.report.tradeoffs import digest
 
-    study = digest(*parse(path))
     headings = [f"perplexity, {short(name)}" for name in study.corpora]
     rows = []
     for keep, entries in study.tables.items():

@@ -1,8 +1,10 @@
 """No network, one thread a process (the suite runs one worker a core), and standard error as `weft` itself keeps it."""
 
+import fcntl
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,25 @@ def _imports_out_of_sight():
     """Collecting garbage, which trainers do after every run, takes a second among all that torch's imports make."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: a folder that `make` fills once, however many workers share the run."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        target = root / f"once-{name}"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (target / "done").exists():
+                target.mkdir(exist_ok=True)
+                make(target)
+                (target / "done").touch()
+        return target
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 
@@ -44,30 +46,31 @@ def refuse(weft):
 
 @pytest.fixture
 def spawn():
-    """Start weft in a process of its own; killed at the end of the test if it still runs."""
-    started = []
+    """Start weft in a process of its own; killed at the end of the test if it still runs.
 
-    def call(*words: object, **options) -> subprocess.Popen:
-        env = tiny.environment(**options.pop("env", {}))
-        command = [sys.executable, "-m", "weft", *[str(word) for word in words]]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            # a shell's background job hands down that Ctrl-C is ignored; these are to hear it
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            **options,
-        )
-        started.append(process)
-        return process
+    With `whole` it is `python -m weft` from the interpreter on, else forked from one that has the libraries.
+    """
+    with contextlib.ExitStack() as stack:
 
-    yield call
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        def call(*words: object, whole: bool = False, **options) -> subprocess.Popen | forked.Process:
+            command, env = ["-m", "weft", *[str(word) for word in words]], tiny.environment()
+            if not whole:
+                return stack.enter_context(forked.popen(command, env=env, **options))
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+                # a shell's background job hands down that Ctrl-C is ignored; these are to hear it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                **options,
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        yield call
 
 
 @pytest.fixture

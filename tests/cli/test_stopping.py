@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny import environment, result
 
@@ -23,7 +24,7 @@ def wait_for(process, pattern: str) -> str:
 def test_ctrl_c_saves_and_says_how_to_go_on(spawn, weft, adapt_words, tmp_path):
     output = tmp_path / "out"
     words = adapt_words(output, "--save-steps", 0, steps=2000)
-    process = spawn(*words)
+    process = spawn(*words, whole=True)
     wait_for(process, r"^step \d+/2000")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
@@ -85,13 +86,9 @@ main()
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits")
 def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(adapt_words, tmp_path):
-    import subprocess
-
     output = tmp_path / "out"
     words = adapt_words(output, "--save-steps", 2)
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, env=environment(), check=False
-    )
+    done = forked.run(["-c", LIMITED, *words], env=environment())
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert "disk is full" in done.stderr and "step 4" in done.stderr
@@ -139,15 +136,13 @@ def test_resuming_a_finished_run_changes_nothing(weft, adapt_words, tmp_path):
 @pytest.mark.parametrize("method", ["peft:lora", "sora"])
 def test_two_processes_by_accelerate(method, adapt_words, tmp_path):
     """One process of batch 4 and two of batch 2 learn the same; the first alone prints and writes."""
-    import subprocess
-
     one, two = tmp_path / "one", tmp_path / "two"
     env = environment(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
-    alone = [sys.executable, "-m", "weft", *adapt_words(one, "--batch-size", 4, method=method)]
+    alone = ["-m", "weft", *adapt_words(one, "--batch-size", 4, method=method)]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    both = [sys.executable, *launch, "-m", "weft", *adapt_words(two, "--batch-size", 2, method=method)]
+    both = [*launch, "-m", "weft", *adapt_words(two, "--batch-size", 2, method=method)]
     for command in (alone, both):
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        done = forked.run(command, env=env)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("saved to") == 1
         assert len(re.findall(r"^step 6/6", done.stdout, re.MULTILINE)) == 1
@@ -166,11 +161,9 @@ def test_two_processes_by_accelerate(method, adapt_words, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_that_starts_one_process_is_noticed(adapt_words, tmp_path):
-    import subprocess
-
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "weft"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "weft"]
     words = adapt_words(tmp_path / "out", steps=1)
-    done = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment(), check=False)
+    done = forked.run([*launch, *words], env=environment())
     assert done.returncode == 0, done.stderr
     assert "accelerate started one process only" in done.stdout
 

@@ -54,7 +54,7 @@ def test_kill_9_and_the_same_command_again(spawn, llama, corpus, tmp_path):
     process.kill()
     process.communicate()
     kept = _rows(output)
-    again = spawn(*_words(llama, corpus, output))
+    again = spawn(*_words(llama, corpus, output), whole=True)
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0 and err == "", err
     rows = _rows(output)

@@ -6,6 +6,7 @@ Sides are odd or prime where the architecture lets them. Every model takes keywo
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ class Cell:
 
     @property
     def is_hf(self) -> bool:
-        return issubclass(type(base(self)), PreTrainedModel)
+        return isinstance(_model(self.build), PreTrainedModel)
 
 
 def wide() -> Mlp:
@@ -163,25 +164,21 @@ WIDE = Cell("wide Mlp", "Linear", wide, {"target_modules": ["first", "second"]})
 
 
 @functools.cache
-def _weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+def _model(build: Callable[[], nn.Module]) -> nn.Module:
     generator = torch.random.get_rng_state()
     torch.manual_seed(20)
-    state = {k: v.clone() for k, v in build().state_dict().items()}
-    torch.random.set_rng_state(generator)
-    return state
-
-
-def base(cell: Cell, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A fresh copy of the cell's model, the same weights every time, in eval mode, frozen as a base is."""
-    generator = torch.random.get_rng_state()
-    model = cell.build()
-    model.load_state_dict(_weights(cell.build))
+    model = build()
     torch.random.set_rng_state(generator)
     with torch.no_grad():  # initial biases of zero would hide what is done to them
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.copy_(torch.linspace(-0.3, 0.4, p.numel()).reshape(p.shape))
-    return model.to(dtype).eval()
+    return model.eval()
+
+
+def base(cell: Cell, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh copy of the cell's model, the same weights every time, in eval mode, frozen as a base is."""
+    return copy.deepcopy(_model(cell.build)).to(dtype)
 
 
 def batch(seed: int = 0, rows: int = 4, length: int = 16) -> dict[str, Tensor]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -133,11 +132,8 @@ def test_two_processes_take_the_step_of_one(method, once):
     def make(folder: Path) -> None:
         worker = Path(__file__).with_name("factorised_ddp_worker.py")
         environment = tiny.environment(GLOO_SOCKET_IFNAME="lo")
-        jobs = [
-            subprocess.Popen([sys.executable, str(worker), str(rank), "2", str(folder)], env=environment)
-            for rank in range(2)
-        ]
-        assert [job.wait(timeout=240) for job in jobs] == [0, 0]
+        for done in forked.together([[worker, rank, 2, folder] for rank in range(2)], 240, env=environment):
+            assert done.returncode == 0, done.stderr
 
     folder = once("factorised-ddp", make)
     first, second = (load_file(folder / f"{method}.{rank}.safetensors") for rank in range(2))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import harness
 import pytest
 import reload_worker
@@ -46,12 +44,8 @@ def write_verdicts(root: Path) -> None:
                 save_file({"logits": harness.outputs(model)}, folder / f"expected.{threads}.safetensors")
             torch.set_num_threads(1)
             (folder / "case.json").write_text(json.dumps({"slug": slug, "cell": cell.name}))
-    command = [sys.executable, reload_worker.__file__, str(root)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}  # waiting costs no core
-    running = [subprocess.Popen([*command, str(n)], env=environment, stderr=subprocess.PIPE) for n in THREADS]
-    for process in running:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
+    for done in forked.together([[reload_worker.__file__, root, n] for n in THREADS]):
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

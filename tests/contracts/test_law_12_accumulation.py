@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import ddp_worker
+import forked
 import harness
 import pytest
 import torch
@@ -18,17 +17,8 @@ TIME_LIMIT = 30 * len(harness.SLUGS)  # seconds for both processes and all metho
 
 
 def run_two_processes(folder: Path) -> None:
-    command = [sys.executable, ddp_worker.__file__]
-    running = [
-        subprocess.Popen([*command, str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=TIME_LIMIT)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
+    for done in forked.together([[ddp_worker.__file__, rank, 2, folder] for rank in (0, 1)], TIME_LIMIT):
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import fences
+import forked
 import pytest
 
 import weft
@@ -79,7 +78,7 @@ def test_one_file_makes_a_method(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "160"}
 
     def run(*words: str) -> str:
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = forked.run(words, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

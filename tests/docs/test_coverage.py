@@ -13,11 +13,6 @@ import weft
 ROOT = fences.ROOT
 
 
-@pytest.fixture(scope="module")
-def pages():
-    return generate.pages()
-
-
 def test_nothing_public_is_undocumented():
     assert generate.undocumented() == []
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 
 import fences
+import forked
 import pytest
 
 import weft
@@ -36,8 +35,8 @@ def test_the_page_is_what_the_figures_say(tmp_path):
         "import runpy, sys; sys.path.insert(0, sys.argv[1])\n"
         "print(runpy.run_path(sys.argv[1] + '/__main__.py')['page'](), end='')"
     )
-    command = [sys.executable, "-c", code, str(CLAIMS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONUTF8": "1"})
+    done = forked.run(["-c", code, CLAIMS])
+    assert done.returncode == 0, done.stderr
     assert done.stdout == (fences.ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
 
 

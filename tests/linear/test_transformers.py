@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import compressed
+import forked
 import pytest
 import tiny
 import torch
@@ -75,9 +74,7 @@ def test_every_kind_and_every_model_is_among_the_cases():
 @pytest.mark.slow
 def test_a_new_process_loads_it_by_every_class_bit_for_bit_and_without_weft_by_none(saved):
     jobs = [(str(saved[case]), loader) for case in CASES for loader in loaders(case[0])]
-    done = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(jobs)], env=tiny.environment(), capture_output=True, text=True
-    )
+    done = forked.run([WORKER, json.dumps(jobs)], env=tiny.environment(), libraries=forked.TORCH)
     assert done.returncode == 0, done.stderr[-3000:]
     without, told = json.loads(done.stdout.splitlines()[-1])
     assert len(without) == len(told) == len(jobs)

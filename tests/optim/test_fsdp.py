@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import forked
 import fsdp_worker
 import pytest
 import tiny
@@ -15,11 +13,9 @@ from safetensors.torch import load_file
 @pytest.mark.slow
 def test_sharded_parameters_take_the_same_steps(tmp_path):
     """Two gloo processes with uneven shards: both sides of the projection, every kind of state."""
-    jobs = [
-        subprocess.Popen([sys.executable, fsdp_worker.__file__, str(rank), "2", str(tmp_path)], env=tiny.environment())
-        for rank in range(2)
-    ]
-    assert [job.wait(timeout=240) for job in jobs] == [0, 0]
+    commands = [[fsdp_worker.__file__, rank, 2, tmp_path] for rank in range(2)]
+    for done in forked.together(commands, 240, env=tiny.environment()):
+        assert done.returncode == 0, done.stderr
     for case in fsdp_worker.CASES:
         found = load_file(tmp_path / f"{case}.safetensors")
         for name, p in fsdp_worker.alone(case).items():

@@ -1,4 +1,8 @@
-"""What `import weft` does and costs, in new processes."""
+"""What `import weft` does and costs, in new processes.
+
+These are forked from one that has torch, but neither transformers nor peft; where nothing depends on when these come,
+from one that has everything but weft.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import subprocess
 import sys
 
+import forked
 import pytest
 
 READY = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'WEFT_SORA' in m, sorted(m)\n"
@@ -13,16 +18,19 @@ LOADABLE = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q
 HOOK_GONE = "assert not any('weft' in type(f).__module__ for f in sys.meta_path), sys.meta_path\n"
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True)
+def run(code: str, libraries: tuple[str, ...] = forked.TORCH) -> str:
+    done = forked.run(["-c", "import sys\n" + code], libraries=libraries)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_import_is_light() -> None:
-    run(
-        "import weft\nheavy = {'torch', 'peft', 'transformers', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
-    )
+    code = "import sys, weft; print(*{'torch', 'peft', 'transformers', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_these_processes_begin_without_what_weft_hooks_into() -> None:
+    run("assert not {'weft', 'peft', 'transformers', 'datasets'} & set(sys.modules) and 'torch' in sys.modules")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,8 @@ def test_compress_is_the_function_whatever_of_its_package_was_imported(imports: 
         "from weft.compress import _engine, svd\n"
         "from weft import compress\n"
         "assert weft.compress is compress is _engine.compress and compress.__name__ == 'compress'\n"
-        "assert weft.SvdConfig is svd.SvdConfig"
+        "assert weft.SvdConfig is svd.SvdConfig",
+        forked.ALL,
     )
 
 
@@ -98,7 +107,7 @@ def test_child_processes_know_the_methods(method: str, tmp_path) -> None:
         f"    with mp.get_context({method!r}).Pool(1) as pool:\n"
         "        assert pool.apply(work, (weft.SoraConfig(r=5),)) == ('SoraConfig', True, 5)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    done = forked.run([script], libraries=forked.TORCH)
     assert done.returncode == 0, done.stderr
 
 
@@ -111,7 +120,8 @@ def test_configs_survive_pickle_copy_and_json(tmp_path) -> None:
         "        assert d.to_dict() == c.to_dict() and type(d) is type(c), slug\n"
         f"    c.save_pretrained({str(tmp_path)!r})\n"
         f"    e = peft.PeftConfig.from_pretrained({str(tmp_path)!r})\n"
-        "    assert type(e) is type(c) and json.dumps(e.to_dict(), default=str), slug\n"
+        "    assert type(e) is type(c) and json.dumps(e.to_dict(), default=str), slug\n",
+        forked.ALL,
     )
 
 
@@ -125,7 +135,7 @@ def test_the_enum_shim_behaves_like_a_member() -> None:
 
 
 def test_stub_is_current() -> None:
-    done = subprocess.run([sys.executable, "-m", "weft._stubs", "--check"], capture_output=True, text=True)
+    done = forked.run(["-m", "weft._stubs", "--check"])
     assert done.returncode == 0, done.stderr
 
 
@@ -133,7 +143,8 @@ def test_every_public_name_resolves_and_is_documented() -> None:
     out = run(
         "import weft, json\n"
         "names = [n for n in dir(weft) if n != '__version__']\n"
-        "print(json.dumps({n: bool((getattr(weft, n).__doc__ or '').strip()) for n in names}))"
+        "print(json.dumps({n: bool((getattr(weft, n).__doc__ or '').strip()) for n in names}))",
+        forked.ALL,
     )
     missing = [name for name, documented in json.loads(out).items() if not documented]
     assert not missing

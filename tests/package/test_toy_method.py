@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -134,7 +133,7 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, *words: str, ok: bool = True) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder / "package"), "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = forked.run(words, cwd=folder, env=environment)
     assert (done.returncode == 0) is ok, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout if ok else done.stderr
 

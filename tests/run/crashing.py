@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 STEPS = 6
-_context = None
 
 
 def settings(**changes):
@@ -57,13 +57,13 @@ def run(model: Path, corpus: Path, output: Path, method: str, options: dict, die
 
 def spawn(*args) -> int:
     """`run` in a process of its own; its exit code."""
-    global _context
-    if _context is None:
-        _context = multiprocessing.get_context("forkserver")
-        _context.set_forkserver_preload(
-            ["torch", "transformers", "peft", "weft.run.train", "weft.adapters", "crashing"]
-        )
-    process = _context.Process(target=run, args=args)
-    process.start()
-    process.join()
-    return process.exitcode
+    import forked
+
+    done = forked.run([__file__, json.dumps(args, default=str)], libraries=forked.WEFT)
+    sys.stderr.write(done.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    model, corpus, output, *more = json.loads(sys.argv[1])
+    run(Path(model), Path(corpus), Path(output), *more)

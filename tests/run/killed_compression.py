@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
-
-_context = None
 
 
 def run(words: list[str], log: Path, die_at: str, count: int) -> None:
@@ -56,13 +55,13 @@ def run(words: list[str], log: Path, die_at: str, count: int) -> None:
 
 def spawn(*args) -> int:
     """`run` in a process of its own; its exit code."""
-    global _context
-    if _context is None:
-        _context = multiprocessing.get_context("forkserver")
-        _context.set_forkserver_preload(
-            ["torch", "transformers", "weft.run.compress", "weft.compress._engine", "killed_compression"]
-        )
-    process = _context.Process(target=run, args=args)
-    process.start()
-    process.join()
-    return process.exitcode
+    import forked
+
+    done = forked.run([__file__, json.dumps(args, default=str)], libraries=forked.WEFT)
+    sys.stderr.write(done.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    words, log, *more = json.loads(sys.argv[1])
+    run(words, Path(log), *more)
