@@ -11,29 +11,10 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import CLASSES, pictures
 
 from weft.errors import UsageError, WeftError
 from weft.run import data, images, models, sources
-
-CLASSES = ("circle", "line", "square")
-
-
-def pictures(count: int, size: int = 10, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Coloured pictures, uint8 count × size × size × 3: class k is bright in channel k."""
-    draw = np.random.default_rng(seed)
-    labels = np.arange(count) % len(CLASSES)
-    made = draw.integers(0, 100, (count, size, size, 3), dtype=np.uint8)
-    made[np.arange(count), :, :, labels] += 120
-    return made, labels
-
-
-def write_folder(folder, count: int = 12, splits=("",), suffix: str = ".png"):
-    for number, split in enumerate(splits):
-        for place, (picture, label) in enumerate(zip(*pictures(count, seed=number), strict=True)):
-            path = folder / split / CLASSES[label] / f"{place:03}{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
-    return folder
 
 
 def write_npz(path, **arrays):
@@ -43,22 +24,14 @@ def write_npz(path, **arrays):
 
 @pytest.fixture
 def resnet(tmp_path):
-    """A ResNet of two blocks whose batch norms have seen other images, saved without an image processor."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
-    model = ResNetForImageClassification(config)
-    model(torch.randn(8, 3, 16, 16) + 1)
-    model.save_pretrained(tmp_path / "resnet")
-    return tmp_path / "resnet"
+    return tiny.save_resnet(tmp_path / "resnet")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_a_class_gives_rows_by_name(tmp_path):
-    rows = sources.read(str(write_folder(tmp_path / "d")), validation_fraction=0.25)
+    rows = sources.read(str(tiny.save_images(tmp_path / "d")), validation_fraction=0.25)
     assert (rows.kind, rows.task, rows.labels) == ("image", "image-classification", list(CLASSES))
     assert len(rows.train) == 9 and len(rows.validation) == 3 and not rows.test
     for row in rows.train + rows.validation:
@@ -66,7 +39,7 @@ def test_a_folder_a_class_gives_rows_by_name(tmp_path):
 
 
 def test_split_folders_are_told_by_their_names_and_a_class_called_train_is_a_class(tmp_path):
-    rows = sources.read(str(write_folder(tmp_path / "d", 6, splits=("train", "val", "test"))))
+    rows = sources.read(str(tiny.save_images(tmp_path / "d", 6, splits=("train", "val", "test"))))
     assert [len(rows.train), len(rows.validation), len(rows.test)] == [6, 6, 6] and not rows.held_out
     assert {row["image"].parents[1].name for row in rows.validation} == {"val"}
     vehicles = tmp_path / "vehicles"
@@ -116,7 +89,7 @@ def test_tables_may_hold_the_bytes_of_images(tmp_path):
 
 
 def test_the_models_order_of_the_same_classes_is_kept(tmp_path):
-    folder = str(write_folder(tmp_path / "d", 6))
+    folder = str(tiny.save_images(tmp_path / "d", 6))
     order = ["square", "circle", "line"]
     rows = sources.read(folder, classes=order, validation_fraction=0)
     assert rows.labels == order and all(order[row["label"]] == row["image"].parent.name for row in rows.train)
@@ -124,7 +97,7 @@ def test_the_models_order_of_the_same_classes_is_kept(tmp_path):
 
 
 def test_shots_are_drawn_by_seed_from_the_training_split(tmp_path):
-    folder = str(write_folder(tmp_path / "d", 30))
+    folder = str(tiny.save_images(tmp_path / "d", 30))
 
     def drawn(seed, shots=2):
         rows = sources.read(folder, "few-shot", shots=shots, seed=seed, validation_fraction=0.2)
@@ -168,7 +141,7 @@ def break_(folder, name):
     ],
 )
 def test_a_folder_that_is_no_data_set_is_refused_by_name(name, says, tmp_path):
-    break_(write_folder(tmp_path / "d"), name)
+    break_(tiny.save_images(tmp_path / "d"), name)
     with pytest.raises(UsageError) as caught:
         sources.read(str(tmp_path / "d"))
     assert all(part in str(caught.value) for part in says), caught.value
@@ -211,7 +184,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
 
 
 def test_images_are_no_text_and_text_no_images(corpus, tmp_path):
-    folder = str(write_folder(tmp_path / "d"))
+    folder = str(tiny.save_images(tmp_path / "d"))
     with pytest.raises(UsageError, match="holds images, which --task causal-lm cannot use"):
         sources.read(folder, "causal-lm")
     with pytest.raises(UsageError, match="has no image to learn from: it has text"):
@@ -414,7 +387,7 @@ def test_evaluation_is_the_models_own_answers(tmp_path):
 
 
 def test_a_folder_is_of_what_it_holds_more_of_unless_the_task_says_it(tmp_path):
-    folder = write_folder(tmp_path / "d", 6)
+    folder = tiny.save_images(tmp_path / "d", 6)
     rows = [{"text": "the weft", "label": "a"}, {"text": "a loom", "label": "b"}] * 9
     tiny.write_jsonl(folder / "train.jsonl", rows)
     tasks = ("auto", "image-classification", "classification")
