@@ -194,6 +194,7 @@ def test_bad_input_is_one_sentence_before_any_work(refuse, words, llama, corpus,
     refuse(2, *words(output, *r, "--task", "classification"), says=("holds images", "it is for text"))
     refuse(2, *words(output, *r, "--shots", 3), says=("shots must be at least 1, with --task few-shot",))
     refuse(2, *words(output, "--r", 30), says=("r=30", "convolution"))
+    refuse(2, *words(output, *r, "--gradient-checkpointing"), says=("gradient_checkpointing", "ResNet"))
     refuse(2, *words(output, "--columns", "image=img", *r), says=("no column 'img'",))
     assert not output.exists()
 

@@ -257,6 +257,9 @@ def outline(run: Request, rows: Rows) -> Outline:
     skeleton = models.load_base(
         run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
     ).model
+    if run.settings.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        kind = type(skeleton).__name__
+        raise UsageError(f"gradient_checkpointing is on, and a {kind} cannot recompute activations: leave it out")
     modules = methods.check_fits(run.method, skeleton)
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())

@@ -239,7 +239,7 @@ def size_of(rows: Sequence[sources.Row]) -> tuple[int, int] | None:
 def load_processor(spec: str, size: tuple[int, int] | None = None) -> Any:
     """The image processor of a model, or in a folder, on Pillow, so that pixels do not depend on what is installed.
 
-    A model without one gets one that makes images as large as its config's `image_size` says, or `size`, or 224 x 224,
+    A model without one gets one that makes images as large as its config's `image_size` says, or `size`, or 224 × 224,
     and scales their colours from 0..255 to -1..1. A config whose `image_size` or `num_channels` was changed
     (config:NAME?image_size=32) has none.
 

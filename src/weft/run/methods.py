@@ -340,12 +340,12 @@ def config_for(method: Method, model: nn.Module) -> Any:
     if config is None:
         raise WeftError(f"{method.name} has no adapter to configure")
     config.task_type = task_type(model)
-    if models.task_of_class(type(model).__name__) == "image-classification":
-        _settle_on_images(method, config, model)
     factors, excluded = _factors(model), getattr(config, "exclude_modules", "")  # "": the config has no such field
     if factors and config.target_modules == "all-linear" and not isinstance(excluded, str):
         # PEFT would find the layers of a compressed model, and once more the factors in them
         config.exclude_modules = sorted({*(excluded or ()), *factors})
+    if models.task_of_class(type(model).__name__) == "image-classification":
+        _settle_on_images(method, config, model)
     return config
 
 
