@@ -1,6 +1,7 @@
 """Images from folders and arrays to pixels, and through the same training as text."""
 
 import gzip
+import importlib.util
 import io
 import json
 
@@ -396,3 +397,28 @@ def test_a_folder_is_of_what_it_holds_more_of_unless_the_task_says_it(tmp_path):
     for number in range(6):
         tiny.write_jsonl(folder / f"train-{number}.jsonl", rows)
     assert sources.read(str(folder)).kind == "classification"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is there")
+def test_a_model_of_timm_asks_for_timm_by_name(tmp_path):
+    config = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeftError, match=r"one of timm; install it with pip install \"weft\[timm\]\""):
+        models.load_base(str(tmp_path), "image-classification", labels=list(CLASSES))
+
+
+def test_a_model_of_timm_gets_a_head_for_the_classes_and_keeps_its_processor(tmp_path):
+    timm = pytest.importorskip("timm")
+    from timm.models._hub import save_for_hf
+
+    from weft.run import methods
+
+    sizes = {"img_size": 16, "patch_size": 8, "depth": 1}
+    made = timm.create_model("vit_tiny_patch16_224", num_classes=7, **sizes)
+    save_for_hf(made, str(tmp_path), model_args=sizes, safe_serialization=True)
+    model = models.load_base(str(tmp_path), "image-classification", labels=list(CLASSES)).model
+    assert models.classifier_name(model) == "timm_model.head" and model.timm_model.head.out_features == 3
+    assert torch.equal(model.timm_model.patch_embed.proj.weight, made.patch_embed.proj.weight)
+    assert len(methods.matched_modules(methods.resolve("sora"), model)) == 4
+    pixels = images.preparer(images.load_processor(str(tmp_path)))(np.zeros((20, 20, 3), dtype=np.uint8))
+    assert model(pixels[None]).logits.shape == (1, 3)
