@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import registry
 from weft.errors import UsageError, WeftError, nearest
-from weft.run import models
+from weft.run import backbones, models
 from weft.run import options as _options
 
 if TYPE_CHECKING:
@@ -70,9 +70,6 @@ _HF_OPTIONS = (
     _options.Option("optim_args", str | None, None, "the optimiser's arguments: rank=128,update_proj_gap=200"),
     _options.Option("optim_target_modules", list[str] | str | None, None, "layers that galore_* and apollo_* project"),
 )
-
-# PEFT's own methods that adapt nn.Conv2d.
-_PEFT_CONVOLUTIONS = ("boft", "dora", "hra", "ia3", "loha", "lokr", "lora", "oft", "rslora")
 
 # Fields of PEFT's configs that describe a saved adapter or the machine, not a choice of the user.
 _INTERNAL = frozenset(
@@ -345,47 +342,8 @@ def config_for(method: Method, model: nn.Module) -> Any:
         # PEFT would find the layers of a compressed model, and once more the factors in them
         config.exclude_modules = sorted({*(excluded or ()), *factors})
     if models.task_of_class(type(model).__name__) == "image-classification":
-        _settle_on_images(method, config, model)
+        backbones.settle(method, config, model)
     return config
-
-
-def _settle_on_images(method: Method, config: Any, model: Any) -> None:
-    """Let the config train the classifier beside the adapter and, where it names no targets, adapt the backbone.
-
-    That is every linear layer and, where the method serves them, every convolution but those that read the pixels (as
-    an embedding reads tokens) and those in several groups, whose matrices have next to no rank to spare.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    head = models.classifier_name(model)
-    if not hasattr(config, "modules_to_save"):
-        raise UsageError(f"{method.name} cannot train a classifier beside itself, which image classification needs")
-    config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
-    if config.target_modules != "all-linear":
-        return
-    pixels = getattr(model.config, "num_channels", 3)
-    config.target_modules = [
-        name
-        for name, module in model.named_modules()
-        if not f"{name}.".startswith(f"{head}.")
-        and (
-            isinstance(module, nn.Linear | Conv1D)
-            or (
-                isinstance(module, nn.Conv2d)
-                and module.groups == 1
-                and module.in_channels != pixels
-                and serves_convolutions(method)
-            )
-        )
-    ]
-
-
-def serves_convolutions(method: Method) -> bool:
-    """Whether the method adapts nn.Conv2d."""
-    if method.trains.startswith("peft:"):
-        return method.trains.removeprefix("peft:") in _PEFT_CONVOLUTIONS
-    return "Conv" not in registry.card(method.trains).refuses
 
 
 def _factors(model: nn.Module) -> set[str]:
@@ -538,7 +496,7 @@ def attach(
     if method.trains == "full":
         return model.requires_grad_(True)
     if method.weights is None:
-        _keep_statistics(model)
+        backbones.keep_statistics(model)
     if method.trains == "base":
         return model.requires_grad_(False)
     if method.trains == "head":
@@ -560,22 +518,6 @@ def attach(
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"{method.name}: {_one_sentence(error)}") from error
-
-
-def _keep_statistics(model: nn.Module) -> None:
-    """Let batch norms of a frozen model use the statistics that they have, whatever mode the model is put in.
-
-    They would go on counting, in buffers that no adapter's file holds.
-    """
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.register_forward_pre_hook(_rest)
-
-
-def _rest(norm: nn.Module, _: Any) -> None:
-    norm.training = False
 
 
 def finish(method: Method, model: nn.Module) -> bool:
