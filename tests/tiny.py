@@ -129,3 +129,42 @@ def save_bert(folder: Path) -> Path:
     BertModel(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+CLASSES = ("circle", "line", "square")
+
+
+def pictures(count: int, size: int = 10, seed: int = 0):
+    """Coloured pictures, uint8 count × size × size × 3, and their labels: class k is bright in channel k."""
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+    labels = np.arange(count) % len(CLASSES)
+    made = draw.integers(0, 100, (count, size, size, 3), dtype=np.uint8)
+    made[np.arange(count), :, :, labels] += 120
+    return made, labels
+
+
+def save_images(folder: Path, count: int = 12, splits: tuple[str, ...] = ("",)) -> Path:
+    """Pictures as files, in a folder a class, of each split."""
+    from PIL import Image
+
+    for number, split in enumerate(splits):
+        for place, (picture, label) in enumerate(zip(*pictures(count, seed=number), strict=True)):
+            path = folder / split / CLASSES[label] / f"{place:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+    return folder
+
+
+def save_resnet(folder: Path) -> Path:
+    """A ResNet of two blocks and five classes whose batch norms have seen images, saved without an image processor."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+    model = ResNetForImageClassification(config)
+    model(torch.randn(8, 3, 16, 16) + 1)
+    model.save_pretrained(folder)
+    return folder

@@ -1,10 +1,21 @@
-"""What a model consists of: its blocks, its output heads."""
+"""What a model consists of: its config, its blocks, its output heads."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+
+def auto_config(path: str, **fields: Any) -> Any:
+    """The config of a model, as transformers' AutoConfig reads it, ready to make one of."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, **fields)
+    if config.model_type == "timm_wrapper":
+        # timm writes all that it was called with; transformers calls it with that and its own number of classes
+        (config.model_args or {}).pop("num_classes", None)
+    return config
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:

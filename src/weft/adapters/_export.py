@@ -9,6 +9,7 @@ an SVD.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,13 @@ from weft.adapters._delta import Delta, Experts, LowRankDelta, leaves
 from weft.adapters._kinds import Conv, Embedding
 from weft.adapters._plugin import ParamWrapper, _Adapted
 from weft.algebra.svd import svd_top
+from weft.anatomy import auto_config
 from weft.errors import UsageError
 from weft.linear._transformers import whole_folder
 from weft.registry import card
+
+# What a run leaves beside its adapter and every form of it needs: the classes' names, and how images are prepared.
+_BESIDE = ("labels.json", "preprocessor_config.json")
 
 Factors = tuple[Tensor, Tensor]  # B (out × r), A (r × in), with ΔW = B·A
 
@@ -73,12 +78,16 @@ def export(
         else:
             live.save_pretrained(str(folder), save_embedding_layers=False)
             report = "the adapter in weft's own form; no conversion error"
+        if not isinstance(adapter, PeftModel):
+            for name in _BESIDE:
+                if (Path(adapter) / name).exists():
+                    shutil.copy(Path(adapter) / name, folder / name)
     return f"{out}: {report}"
 
 
 def load(adapter: str | Path, model: str | None = None) -> PeftModel:
     """The adapter on its base model, in float32 unless the model's config says otherwise."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists():
@@ -89,19 +98,29 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         raise UsageError(f"{folder} does not name its base model; pass model=")
     path = str(builtin.model_path(name)) if name.startswith("builtin:") else name
     kwargs: dict[str, Any] = {"dtype": "auto"}
+    named = (config.auto_mapping or {}).get("base_model_class") or ""  # where PEFT has no word for the task
     if config.task_type == "SEQ_CLS":
-        base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=_labels(folder), **kwargs)
+        base = AutoModelForSequenceClassification.from_pretrained(path, **_classes(folder), **kwargs)
+    elif named.endswith("ForImageClassification"):
+        # a head for other classes is replaced, and then read from the adapter
+        kwargs |= {"ignore_mismatched_sizes": True, "config": auto_config(path, **_classes(folder))}
+        base = AutoModelForImageClassification.from_pretrained(path, **kwargs)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     return PeftModel.from_pretrained(base, str(folder))
 
 
-def _labels(folder: Path) -> int:
+def _classes(folder: Path) -> dict[str, Any]:
+    """The classes of a saved head as fields of a config: their names, or how many they are."""
+    if (folder / "labels.json").exists():
+        names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        numbers = {name: number for number, name in enumerate(names)}
+        return {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
-            if key.endswith(("score.weight", "classifier.weight", "out_proj.weight")):
-                return file.get_slice(key).get_shape()[0]
-    return 2
+            if re.search(r"(score|classifier|out_proj)(\.\d+)?\.weight$", key):
+                return {"num_labels": file.get_slice(key).get_shape()[0]}
+    return {}
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, _Adapted]:
@@ -266,6 +285,7 @@ def _save_lora_config(
         alpha_pattern=ranks,
         lora_bias=lora_bias,
         task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
         modules_to_save=config.modules_to_save,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -303,11 +323,8 @@ def _copy_tokenizer(name: str | None, folder: Path) -> str:
     if not name:
         return ""
     source = builtin.model_path(name) if name.startswith("builtin:") else Path(name)
-    files = (
-        [f for f in source.glob("*") if f.name.startswith(("tokenizer", "special_tokens", "vocab", "merges"))]
-        if source.is_dir()
-        else []
-    )
+    beginnings = ("tokenizer", "special_tokens", "vocab", "merges", "preprocessor_config")
+    files = [f for f in source.glob("*") if f.name.startswith(beginnings)] if source.is_dir() else []
     for file in files:
         shutil.copy(file, folder / file.name)
     return " with its tokenizer" if files else ""

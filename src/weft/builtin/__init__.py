@@ -31,7 +31,7 @@ DATASETS: dict[str, str] = {
 }
 
 _TEXTS = {"stdlib": _corpus.stdlib_rows, "pydocs": _corpus.pydocs_rows}
-_IMAGES = ("digits", "digits-shifted")
+IMAGES = ("digits", "digits-shifted")
 
 __all__ = ["DATASETS", "MODELS", "images", "model_path", "texts"]
 
@@ -49,7 +49,7 @@ def texts(name: str, split: str) -> list[dict[str, str]]:
 
 def images(name: str, split: str) -> "tuple[np.ndarray, np.ndarray]":
     """Scans of a built-in image set in one split: pixels, float32 n x 1 x 8 x 8 in [-1, 1], and labels, int64 n."""
-    name = _known(name, _IMAGES, "image set")
+    name = _known(name, IMAGES, "image set")
     split = _known(split, _corpus.SPLITS, "split")
     try:
         from sklearn.datasets import load_digits

@@ -71,7 +71,7 @@ def command(
         ),
     ] = "adapters",
     seeds: Annotated[int, typer.Option(help="Final runs a method, each with a seed of its own.")] = 3,
-    task: Annotated[str, typer.Option(help="causal-lm, classification, or auto (read off the data).")] = "auto",
+    task: Annotated[str, typer.Option(help="As of weft adapt; auto reads it off the data.")] = "auto",
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of one method; may be repeated."),

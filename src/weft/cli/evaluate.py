@@ -221,9 +221,10 @@ def remarks(report: Json) -> list[str]:
     from weft.report.quantities import listing, plural
 
     lines = []
+    unit = "image" if report["task"] == "image-classification" else "text"
     for corpus in report["corpora"]:
         part = f"{corpus['rows']:,} of " if corpus["rows"] < corpus["of_rows"] else ""
-        counts = f"{part}{plural(corpus['of_rows'], 'row')} of {plural(corpus['documents'], 'text')}"
+        counts = f"{part}{plural(corpus['of_rows'], 'row')} of {plural(corpus['documents'], unit)}"
         lines += [f"{corpus['data']}: {note}" for note in (counts, *corpus["notes"])]
     wrecked = [corpus["data"] for corpus in report["corpora"] if corpus.get("collapsed")]
     if wrecked:

@@ -1,4 +1,4 @@
-"""Let an adapted model answer: continue prompts, or give the probability of each label; JSON lines."""
+"""Let an adapted model answer: continue prompts, or give each label's probability for text or images; JSON lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def command(
     adapter: Annotated[Path, typer.Option(help="Folder that weft adapt (or PEFT) saved.")],
     model: Annotated[str | None, typer.Option(help="Base model; by default the one it was trained on.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue or to classify; may be repeated.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data to answer: what weft adapt takes as --data.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data to answer: what weft adapt takes as --data, or images without labels.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Which split of the data: train, validation or test.")] = "test",
     columns: Annotated[str | None, typer.Option(help="Where columns have other names: text=sentence.")] = None,
     output: Annotated[Path | None, typer.Option(help="File for the JSON lines; by default standard output.")] = None,
@@ -49,8 +51,8 @@ def command(
 
     [bold]weft predict --adapter OUT --prompt "def add(" --prompt "class Stack"[/bold]
 
-    One JSON object a line: prompt and completion, or text, label and probabilities. With --score the last line has the
-    scores.
+    One JSON object a line: prompt and completion, or text or image, label and probabilities. With --score the last line
+    has the scores.
     """
     if bool(prompt) == bool(data):
         raise UsageError("give either --prompt or --data")
@@ -60,11 +62,17 @@ def command(
     if score:
         _check_score(data)
     facts = _predict.adapter_facts(adapter)
-    if score and facts["task"] == "classification":
+    if score and facts["task"] != "causal-lm":
         raise UsageError(f"--score is for text, and {str(adapter)!r} classifies")
     rows = [{"text": text} for text in prompt or []]
     if data:
         rows = _rows(data, split, columns)
+    of_images = facts["task"] == "image-classification"
+    if prompt and of_images:
+        raise UsageError(f"--prompt is for text, and {str(adapter)!r} classifies images: give --data")
+    if rows and of_images != ("image" in rows[0]):
+        kind = "images" if of_images else "text"
+        raise UsageError(f"{str(adapter)!r} answers {kind}, and data {data!r} has {', '.join(map(str, rows[0]))}")
     if score and data:
         _check_references(rows, data)
         base = _predict.load_adapted(model, adapter, bf16=bf16)
@@ -72,7 +80,7 @@ def command(
         return
     rows = rows[:limit]
     base = _predict.load_adapted(model, adapter, bf16=bf16)
-    if facts["task"] == "classification":
+    if facts["task"] != "causal-lm":
         answers = _labelled(_predict.classify(base, rows, max_length, batch_size), rows)
     else:
         asked = _predict.prompts_of(rows, base.tokenizer)
@@ -138,9 +146,10 @@ def _scored(
 
 
 def _labelled(probabilities: Any, rows: list[dict[str, Any]]) -> Any:
-    for row, chances in zip(rows, probabilities, strict=True):
+    for number, (row, chances) in enumerate(zip(rows, probabilities, strict=True)):
         yield {
             **{name: row[name] for name in ("text", "text1", "text2") if name in row},
+            **({"image": str(row["image"]) if isinstance(row["image"], Path) else number} if "image" in row else {}),
             "label": max(chances, key=chances.get),
             "probabilities": {name: round(chance, 6) for name, chance in chances.items()},
             **({"expected": row["label"]} if "label" in row else {}),

@@ -22,7 +22,7 @@ from weft.run.compare import commit, hardware, versions
 from weft.run.loop import METRICS
 from weft.run.models import from_scratch
 
-_DRAWN = ("loss", "learning_rate", "tokens_per_second")  # columns of metrics.jsonl
+_DRAWN = ("loss", "learning_rate")  # columns of metrics.jsonl, beside the speed
 
 
 def html(folder: Path, out: Path, command: str) -> None:
@@ -42,10 +42,12 @@ def html(folder: Path, out: Path, command: str) -> None:
     result = _json(folder / RESULT_FILE)
     rows = _rows(folder / METRICS)
     accuracy = any("eval_accuracy" in row for row in rows)
+    unit = _unit(rows)
     text = page(
         "training.html.j2",
         "training.js",
-        {"figures": {key: _lines(rows, key) for key in _DRAWN}},
+        {"figures": {key: _lines(rows, key) for key in (*_DRAWN, f"{unit}_per_second")}},
+        unit=unit,
         verb="pretrain" if from_scratch(str(run["model"])) else "adapt",
         title=f"{_method(run)} on {short(run['data'])}",
         verdict=_verdict(run, result, rows, accuracy),
@@ -65,6 +67,11 @@ def _json(path: Path) -> Row:
 def _rows(path: Path) -> list[Row]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _unit(rows: list[Row]) -> str:
+    """What the run's speed counts."""
+    return "images" if any("images_per_second" in row for row in rows) else "tokens"
 
 
 def _method(run: Row) -> str:
@@ -92,14 +99,15 @@ def _facts(run: Row, result: Row, rows: list[Row]) -> list[tuple[str, str]]:
     newest: Row = {}
     for row in rows:
         newest |= {key: value for key, value in row.items() if value is not None}
-    speed = finite(newest.get("tokens_per_second"))
+    unit = _unit(rows)
+    speed = finite(newest.get(f"{unit}_per_second"))
     facts = {
         "Model": plain(run["model"]),
         "Data": plain(run["data"]),
         "Trained": f"{quantities.count(result.get('trainable'))} parameters" if result else NOTHING,
         "Optimiser's state": quantities.size(result.get("optimizer_bytes")),
         "Result": quantities.size(result.get("file_bytes")),
-        "Tokens a second": quantities.count(speed),
+        f"{unit.capitalize()} a second": quantities.count(speed),
         "Memory": quantities.size(newest.get("memory_bytes")),
         "Time": quantities.duration(result.get("seconds")),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weft.run.sources import Rows
     from weft.run.train import Teach
 
-_TASKS = ("auto", "causal-lm", "classification")
+_TASKS = ("auto", "causal-lm", "classification", "image-classification", "few-shot")
 RUN_FILE = "run.yaml"
 RESULT_FILE = "result.json"
 LABELS_FILE = "labels.json"
@@ -43,10 +43,12 @@ class AdaptOptions:
     """What to adapt to what."""
 
     model: str | None = _option(
-        None, "a model on the hub, a folder, or builtin:pycode; config:NAME for its config with random weights"
+        None, "a model on the hub, a folder, or builtin:pycode|vit; config:NAME for its config with random weights"
     )
     data: str | None = _option(
-        None, "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs"
+        None,
+        "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs; for "
+        "images a folder of them, a .npz file, or builtin:digits|digits-shifted",
     )
     method: str | None = _option(None, "a method of `weft methods`, PEFT's own as peft:lora, or base, head, full")
     optimizer: str | None = _option(
@@ -55,13 +57,16 @@ class AdaptOptions:
         "hf:adafactor; none takes AdamW",
     )
     output: str | None = _option(None, "folder for the adapter, checkpoints, metrics and the run file")
-    task: str = _option("auto", "causal-lm, classification, or auto: by the columns of the data")
+    task: str = _option(
+        "auto", "causal-lm, classification, image-classification, few-shot (of images), or auto: by what the data holds"
+    )
+    shots: int | None = _option(None, "training images a class, for few-shot; none takes 5")
     columns: dict[str, str] | None = _option(None, "where columns have other names: text=sentence,label=polarity")
     validation_data: str | None = _option(None, "where the validation rows are, if not in the data")
     test_data: str | None = _option(None, "where the test rows are, if not in the data")
     validation_fraction: float = _option(0.1, "share of the training rows held out where there is no validation split")
     test_fraction: float = _option(0.0, "share of the training rows held out where there is no test split; 0: none")
-    split_seed: int = _option(0, "draws the held-out rows")
+    split_seed: int = _option(0, "draws the held-out rows, and the shots")
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,10 @@ def request(given: dict[str, Any]) -> Request:
     options = AdaptOptions(**{key: value for key, value in checked.items() if key not in settings_names})
     if options.task not in _TASKS:
         raise UsageError(
-            f"unknown task {options.task!r}: {nearest(options.task, ['auto', 'causal-lm', 'classification'])}"
+            f"unknown task {options.task!r}: {nearest(options.task, _TASKS)}"
         )
+    if options.shots is not None and (options.task != "few-shot" or options.shots < 1):
+        raise UsageError(f"shots must be at least 1, with --task few-shot, not {options.shots} with {options.task}")
     if not 0 < options.validation_fraction < 1:
         raise UsageError(f"validation_fraction must be above 0 and below 1, not {options.validation_fraction}")
     if not 0 <= options.test_fraction < 1:
@@ -223,7 +230,7 @@ class Outline:
 
 def read_rows(options: AdaptOptions) -> Rows:
     """The rows of the data source as the options describe it."""
-    from weft.run import sources
+    from weft.run import models, sources
 
     return sources.read(
         options.data or "",
@@ -234,23 +241,62 @@ def read_rows(options: AdaptOptions) -> Rows:
         validation_fraction=options.validation_fraction,
         test_fraction=options.test_fraction,
         seed=options.split_seed,
+        classes=models.classes_of(options.model or ""),
+        shots=options.shots,
     )
 
 
 def outline(run: Request, rows: Rows) -> Outline:
     """Match modules and count parameters on a model without weights.
 
-    Raises UsageError where the method does not fit the model: no target, a rank above a matrix's side, a wrong task.
+    Raises UsageError where the method does not fit the model: no target, a rank above a matrix's side, a wrong task;
+    and where the model does not take such images.
     """
-    from weft.run import methods, models
+    from weft.run import data, images, methods, models
 
     skeleton = models.load_base(
         run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
     ).model
+    if run.settings.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        kind = type(skeleton).__name__
+        raise UsageError(f"gradient_checkpointing is on, and a {kind} cannot recompute activations: leave it out")
     modules = methods.check_fits(run.method, skeleton)
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    return Outline(modules, trainable, total, _memory(run, skeleton.config, total, trainable))
+    memory = _memory(run, skeleton.config, total, trainable)
+    if rows.kind == "image":
+        spec = run.options.model or ""
+        prepare = images.preparer(data.load_reader(spec, rows))
+        kept = _kept_of_image(spec, skeleton, prepare(rows.train[0]["image"]).shape)
+        memory["activations"] = kept * run.settings.batch_size * (2 if run.settings.bf16 else 4)
+        del memory["logits"]
+    return Outline(modules, trainable, total, memory)
+
+
+def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int]) -> int:
+    """How many numbers a model keeps of one image for the backward pass; 0 where that needs more than shapes."""
+    import torch
+
+    own = {each.untyped_storage()._cdata for each in (*skeleton.parameters(), *skeleton.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            skeleton.eval()(torch.empty(1, *shape, device="meta"))
+    except NotImplementedError:
+        return 0
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise UsageError(
+            f"model {spec!r} does not take images of {' x '.join(map(str, shape))} numbers: {reason}"
+        ) from error
+    return sum(kept.values())
 
 
 def _memory(run: Request, config: Any, total: int, trainable: int) -> dict[str, int]:
@@ -341,13 +387,13 @@ def start_output(run: Request, going_on: bool) -> None:
 
 
 def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, Any]:
-    """Tokenise the rows, say what became of them, and load the base model with its weights."""
+    """Make of the rows what the model takes, say what became of them, and load the base model with its weights."""
     import torch
 
     from weft.run import data, models
 
-    tokenizer = models.load_tokenizer(run.options.model or "")
-    window = _window(run, tokenizer, say)
+    tokenizer = data.load_reader(run.options.model or "", rows)
+    window = run.settings.max_length if rows.kind == "image" else _window(run, say)
     splits = data.load_splits(run.options.data or "", rows.task, tokenizer, max_length=window, rows=rows)
     for line in splits.lines():
         say(line)
@@ -363,7 +409,7 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
     return base, splits
 
 
-def _window(run: Request, tokenizer: Any, say: Callable[[str], None]) -> int:
+def _window(run: Request, say: Callable[[str], None]) -> int:
     """max_length, or the model's own limit where that is smaller."""
     from weft.run.models import position_limit
 
@@ -389,7 +435,6 @@ def run_adapt(
     output = Path(run.options.output or "")
     first = int(os.environ.get("RANK", "0")) == 0
     base, splits = load(run, rows, say)
-    tokenizer = base.tokenizer
     if first:
         try:
             start_output(run, going_on)
@@ -414,7 +459,7 @@ def run_adapt(
     }
     if first:
         if run.method.name != "base":
-            save_result(result.model, tokenizer, output)
+            save_result(result.model, base.tokenizer, output)
         if splits.labels:
             checkpoints.write_text(output / LABELS_FILE, json.dumps(splits.labels, ensure_ascii=False) + "\n")
         checkpoints.write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")

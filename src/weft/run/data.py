@@ -1,4 +1,4 @@
-"""From raw rows to token ids: cutting, templates, which tokens carry the loss, and what truncation cost."""
+"""From raw rows to what a model takes: cutting, templates, which tokens carry the loss, and what truncation cost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from weft.run.images import Images
 
 IGNORED = -100  # the label of a token that carries no loss
 _BATCH = 1000  # rows tokenised at a time
@@ -41,12 +43,12 @@ class SplitReport:
 
 @dataclass
 class Splits:
-    """Tokenised splits; a row holds `input_ids`, `labels` (a list for language models, a number for classes) and
-    `document`, the number of the text that it belongs to."""
+    """Splits ready for a model; a row holds `input_ids`, or `pixel_values` where it is an image, `labels` (a list for
+    language models, a number for classes) and `document`, the number of the text that it belongs to."""
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    train: Dataset | Images
+    validation: Dataset | Images
+    test: Dataset | Images
     task: str
     report: dict[str, Any]
     labels: list[str] | None = None
@@ -58,6 +60,9 @@ class Splits:
         for name in sources.SPLITS:
             split = self.report[name]
             if not split["rows"]:
+                continue
+            if self.report["kind"] == "image":
+                lines.append(f"{name}: {split['rows']:,} images")
                 continue
             line = f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens"
             if split["truncated_rows"]:
@@ -180,19 +185,30 @@ def _template_ids(tokenizer: Any, messages: list[dict[str, str]], **extra: Any) 
     return list(encoded["input_ids"])
 
 
+def load_reader(spec: str, rows: sources.Rows) -> Any:
+    """What makes of rows what the model takes: its tokenizer or, for images, its image processor."""
+    from weft.run import images, models
+
+    if rows.kind == "image":
+        models.check_task(spec, rows.task)
+        return images.load_processor(spec, images.size_of(rows.train))
+    return models.load_tokenizer(spec)
+
+
 def load_splits(
     spec: str,
     task: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     max_length: int = 512,
     seed: int = 0,
     rows: sources.Rows | None = None,
     **reading: Any,
 ) -> Splits:
-    """Read and tokenise a data source.
+    """Read and tokenise a data source; images are prepared when they are asked for.
 
     Args:
+        tokenizer: what `load_reader` gives.
         max_length: tokens a row at most. Plain texts are cut into windows of that length and lose nothing; other rows
             lose their ends, which the report counts.
         seed: draws the held-out rows where the source has no split of its own.
@@ -202,6 +218,8 @@ def load_splits(
     if max_length < 2:
         raise UsageError(f"max_length must be at least 2 tokens, not {max_length}")
     rows = rows if rows is not None else sources.read(spec, task, seed=seed, **reading)
+    if rows.kind == "image":
+        return _image_splits(rows, tokenizer)
     if rows.kind == "chat" and not tokenizer.chat_template:
         raise UsageError(
             f"data {spec!r} holds chat messages, but the model's tokenizer has no chat template; give prompt and "
@@ -218,6 +236,18 @@ def load_splits(
         raise UsageError(f"data {spec!r} leaves nothing to learn from at max_length={max_length}")
     pad = tokenizer.pad_token_id
     return Splits(**datasets, task=rows.task, report=report, labels=rows.labels, pad_token_id=0 if pad is None else pad)
+
+
+def _image_splits(rows: sources.Rows, processor: Any) -> Splits:
+    from weft.run.images import images
+
+    made = {name: images(getattr(rows, name), processor) for name in sources.SPLITS}
+    shape = " x ".join(map(str, made["train"][0]["pixel_values"].shape))
+    notes = [*(f"held out for {line}" for line in rows.held_out), *rows.notes]
+    notes.append(f"images reach the model as {shape} numbers")
+    report: dict[str, Any] = {"kind": rows.kind, "notes": notes}
+    report |= {name: vars(SplitReport(rows=len(split), loss_tokens=len(split))) for name, split in made.items()}
+    return Splits(**made, task=rows.task, report=report, labels=rows.labels)
 
 
 def _dataset(encoder: _Encoder, rows: list[sources.Row]) -> Dataset:
@@ -262,9 +292,15 @@ def draw(
 
 
 def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """A batch padded on the right to its longest row: input_ids, attention_mask, labels, each (rows, longest)."""
+    """A batch padded on the right to its longest row: input_ids, attention_mask, labels, each (rows, longest).
+
+    Of images pixel_values, (rows, channels, height, width), and labels.
+    """
     import torch
 
+    if "pixel_values" in rows[0]:
+        batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(column: str, filler: int) -> torch.Tensor:

@@ -62,8 +62,10 @@ def over_batches(
 
     device = next(models[0].parameters()).device
     were_training = [model.training for model in models]
-    lengths = dataset.with_format(None)["input_ids"]
-    by_length = sorted(rows, key=lambda row: (len(lengths[row]), row))  # little padding, the same batches every time
+    by_length = list(rows)
+    if "input_ids" in dataset.column_names:  # images are all of one size
+        lengths = dataset.with_format(None)["input_ids"]
+        by_length.sort(key=lambda row: (len(lengths[row]), row))  # little padding, the same batches every time
     try:
         for model in models:
             model.eval()
@@ -108,7 +110,7 @@ def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> di
     """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
     if not measured:
         return {}
-    if task == "classification":
+    if task != "causal-lm":
         pairs = [(predicted, true) for _, _, _, predicted, true in measured]
         wrong = [int(predicted != true) for predicted, true in pairs]
         return {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weft.errors import UsageError, WeftError, nearest
 from weft.run import costs, evaluate, models, ranking, sources
 from weft.run.data import IGNORED, load_splits
+from weft.run.images import Images, load_processor
 from weft.run.models import Base, load_config, load_tokenizer, position_limit, task_of
 
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ def run(asked: Request, tell: Callable[[str], None] = lambda text: None) -> Json
     task = _shared_task(asked, configs)
     lm_eval = _lm_eval(task) if asked.tasks else None
     tell("reading the data")
-    tokenizers = {name: load_tokenizer(spec) for name, spec in asked.models.items()}
-    labels = _shared_labels(asked, configs) if task == "classification" else None
+    of_images = task == "image-classification"
+    read = load_processor if of_images else load_tokenizer
+    tokenizers = {name: read(spec) for name, spec in asked.models.items()}
+    labels = _shared_labels(asked, configs) if task != "causal-lm" else None
     limits = [limit for spec in asked.models.values() if (limit := position_limit(spec)) is not None]
     window = min([asked.max_length, *limits])
     corpora = [read_corpus(asked, spec, task, window, tokenizers, labels) for spec in asked.data]
@@ -99,7 +102,7 @@ def run(asked: Request, tell: Callable[[str], None] = lambda text: None) -> Json
         "corpora": [],
         "tasks": {},
     }
-    if asked.costs:
+    if asked.costs and not of_images:
         import torch
 
         pass_ = {"task": task, "bf16": asked.bf16, "batch_size": asked.batch_size, "max_length": window}
@@ -113,7 +116,9 @@ def run(asked: Request, tell: Callable[[str], None] = lambda text: None) -> Json
         against = bases["against"].model if "against" in bases else None
         found = compare(bases["model"].model, against, corpus, task, asked.batch_size)
         report["corpora"].append({**corpus.facts, **found})
-    if asked.costs:
+    if asked.costs and of_images:
+        report["corpora"][0]["notes"].append("memory and speed are measured of models of text alone")
+    elif asked.costs:
         tell("timing")
         for name, speed in costs.speeds(bases).items():
             report["models"][name]["speed"] = speed
@@ -223,7 +228,7 @@ def read_corpus(
         "split": asked.split,
         "rows": len(rows),
         "of_rows": len(mine.train),
-        "documents": len(set(rows["document"])),
+        "documents": len(set(rows.documents if isinstance(rows, Images) else rows["document"])),
         "notes": notes,
     }
     return Corpus(spec, rows, mine.pad_token_id, facts)
@@ -242,6 +247,14 @@ def _number(rows: list[sources.Row], ours: list[str], theirs: list[str], spec: s
 
 def _check_same(asked: Request, tokenizers: dict[str, Any], mine: Dataset, theirs: Dataset) -> None:
     """Refuse two models that do not predict the same tokens."""
+    if "pixel_values" in mine.column_names:
+        pixels = [rows[0]["pixel_values"] for rows in (mine, theirs)]
+        if pixels[0].shape == pixels[1].shape and bool((pixels[0] == pixels[1]).all()):
+            return
+        raise UsageError(
+            f"{asked.model!r} and {asked.against!r} prepare images in different ways, so their predictions are of "
+            "different images: give --against a model with the same image processor"
+        )
     same_words = tokenizers["model"].get_vocab() == tokenizers["against"].get_vocab()
     if same_words and mine.data.table.equals(theirs.data.table):
         return
@@ -271,7 +284,7 @@ def compare(model: nn.Module, against: nn.Module | None, corpus: Corpus, task: s
     mine, theirs = metrics
     tables = [mine["per_document"], theirs["per_document"]]
     difference = {}
-    if task == "classification":
+    if task != "causal-lm":
         right = [[[1 - wrong, 1] for wrong, _ in table] for table in tables]
         difference["accuracy"] = _difference(right[0], right[1], higher_is_better=True)
         tables = [[[nats, 1] for _, _, nats, _, _ in each] for each in rows]

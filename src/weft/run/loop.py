@@ -255,7 +255,8 @@ def shared_evaluation(model: nn.Module, dataset: Any, splits: Splits, settings: 
 def collate_counting(rows: list[dict[str, Any]], watch: Watch, pad_token_id: int) -> dict[str, torch.Tensor]:
     batch = collate(rows, pad_token_id)
     if watch.progress:
-        watch.progress.count(int(batch["attention_mask"].sum()) * watch.trainer.args.world_size)
+        counted = batch["attention_mask"].sum() if "attention_mask" in batch else len(rows)
+        watch.progress.count(int(counted) * watch.trainer.args.world_size)
     return batch
 
 

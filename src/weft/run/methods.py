@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import registry
 from weft.errors import UsageError, WeftError, nearest
+from weft.run import backbones, models
 from weft.run import options as _options
 
 if TYPE_CHECKING:
@@ -340,6 +341,8 @@ def config_for(method: Method, model: nn.Module) -> Any:
     if factors and config.target_modules == "all-linear" and not isinstance(excluded, str):
         # PEFT would find the layers of a compressed model, and once more the factors in them
         config.exclude_modules = sorted({*(excluded or ()), *factors})
+    if models.task_of_class(type(model).__name__) == "image-classification":
+        backbones.settle(method, config, model)
     return config
 
 
@@ -490,10 +493,12 @@ def attach(
     """
     import weft
 
-    if method.trains == "base":
-        return model.requires_grad_(False)
     if method.trains == "full":
         return model.requires_grad_(True)
+    if method.weights is None:
+        backbones.keep_statistics(model)
+    if method.trains == "base":
+        return model.requires_grad_(False)
     if method.trains == "head":
         return _train_head_only(model)
     if method.weights is not None:
@@ -526,6 +531,9 @@ def _train_head_only(model: Any) -> nn.Module:
     import torch
 
     model.requires_grad_(False)
+    if models.task_of_class(type(model).__name__) == "image-classification":
+        model.get_submodule(models.classifier_name(model)).requires_grad_(True)
+        return model
     head: Any = _head(model)
     embedding = model.get_input_embeddings()
     if getattr(head, "weight", None) is getattr(embedding, "weight", None):

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-TASKS = ("causal-lm", "classification")
+# Task → the class of transformers that loads its models
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
 _SCRATCH = "config:"
 
 # Fields that configs work out by themselves where they are not given: those they follow from.
@@ -26,7 +31,10 @@ _DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "layer_types": (
 
 @dataclass
 class Base:
-    """A base model before anything is attached; `model` is on the meta device if it was asked for without weights."""
+    """A base model before anything is attached; `model` is on the meta device if it was asked for without weights.
+
+    `tokenizer` is the image processor where the task is about images.
+    """
 
     model: Any  # a transformers model, and in time what PEFT makes of it
     tokenizer: Any
@@ -59,6 +67,11 @@ def _scratch(spec: str) -> tuple[str, str | None, dict[str, str]]:
     return config, fields.pop("tokenizer", None), fields
 
 
+def changed_fields(spec: str) -> set[str]:
+    """The fields of the config that the name of a model from random weights sets; none for any other."""
+    return set(_scratch(spec)[2]) if from_scratch(spec) else set()
+
+
 def locate(spec: str) -> str:
     """What `from_pretrained` takes for a model given by the user. Raises UsageError for a folder that is no model."""
     if from_scratch(spec):
@@ -70,7 +83,8 @@ def locate(spec: str) -> str:
         try:
             folder = builtin.model_path(spec.removeprefix("builtin:"))
         except KeyError as error:
-            raise UsageError(f"unknown built-in model {spec!r}: there is builtin:pycode") from error
+            there = " and ".join(f"builtin:{name}" for name in builtin.MODELS)
+            raise UsageError(f"unknown built-in model {spec!r}: there are {there}") from error
         if not (folder / "config.json").exists():
             raise WeftError(f"{spec} is not part of this installation: {folder} holds no model")
         return str(folder)
@@ -123,8 +137,9 @@ def load_base(
         dtype: the weights' dtype; float32 by default.
         labels: the names of the classes, for classification; `num_labels` where they have no names.
         weights: False builds the model on the meta device from its config alone: shapes, no numbers.
-        seed: draws the new classification head, so that equal seeds give equal models.
-        tokenizer: where it is loaded already.
+        seed: draws the new classification head, so that equal seeds give equal models. A head of images for another
+            number of classes is replaced by one.
+        tokenizer: where it is loaded already; for images it is not loaded here.
 
     Raises UsageError for a name that is no model, WeftError for files that cannot be read.
     """
@@ -135,14 +150,15 @@ def load_base(
         raise UsageError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
     path = locate(spec)
     config = _load_config(spec, path, num_labels, labels)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
-    if from_scratch(spec):
-        _fit_vocabulary(spec, config, tokenizer)
-    if task == "classification" and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    auto = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
-    if type(config) not in auto._model_mapping:
-        raise UsageError(f"{spec!r} is a {config.model_type} model, which transformers has no {task} class for")
+    _check_task(spec, config, task)
+    auto: Any = getattr(transformers, TASKS[task])
+    of_images = task == "image-classification"
+    if not of_images:
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
+        if from_scratch(spec):
+            _fit_vocabulary(spec, config, tokenizer)
+        if task == "classification" and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
     dtype = dtype or torch.float32
     if not weights:
         from accelerate import init_empty_weights
@@ -160,10 +176,34 @@ def load_base(
         return Base(auto.from_config(config, dtype=dtype), tokenizer, spec, task)
     check_safetensors(Path(path))
     try:
-        model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
+        model, found = auto.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=of_images,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeftError(f"cannot load the weights of {spec!r}: {_reason(error)}") from error
+    if of_images:  # whatever does not fit was drawn anew, which is meant for the head alone
+        drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        strange = sorted(key for key in drawn if not key.startswith(f"{classifier_name(model)}."))
+        if strange:
+            raise WeftError(f"the weights of {spec!r} lack {strange[0]}, or hold it in another shape than its config")
     return Base(model, tokenizer, spec, task)
+
+
+def check_task(spec: str, task: str) -> None:
+    """Raise UsageError where a model, by its config, is for something else than the task."""
+    _check_task(spec, load_config(spec), task)
+
+
+def _check_task(spec: str, config: Any, task: str) -> None:
+    import transformers
+
+    if type(config) not in getattr(transformers, TASKS[task])._model_mapping:
+        raise UsageError(f"{spec!r} is a {config.model_type} model, which transformers has no {task} class for")
 
 
 def load_as_saved(spec: str, *, bf16: bool = False, weights: bool = True) -> Any:
@@ -226,15 +266,20 @@ def folder_of(spec: str) -> Path:
 
 
 def _load_config(spec: str, path: str, num_labels: int | None, labels: list[str] | None) -> Any:
-    from transformers import AutoConfig
+    from weft.anatomy import auto_config
 
     extra: dict[str, Any] = {}
     if labels:
         extra = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+        extra["num_labels"] = len(labels)  # timm's configs take their own number else
     elif num_labels is not None:
         extra = {"num_labels": num_labels}
     try:
-        config = AutoConfig.from_pretrained(path, **extra)
+        config = auto_config(path, **extra)
+        if config.model_type == "timm_wrapper":
+            import timm  # noqa: F401 — which its classes ask for in many more words
+    except ImportError as error:
+        raise WeftError(f'model {spec!r} is one of timm; install it with pip install "weft[timm]"') from error
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"model {spec!r} is not on this disk and cannot be had from the hub: {_reason(error)}"
@@ -305,8 +350,31 @@ def load_config(spec: str) -> Any:
 
 def task_of(config: Any) -> str:
     """What a saved model is for, by the class that its config names."""
-    names = config.architectures or [""]
-    return "classification" if names[0].endswith("ForSequenceClassification") else "causal-lm"
+    return task_of_class((config.architectures or [""])[0])
+
+
+def task_of_class(name: str) -> str:
+    """What a class of transformers is for, by its name."""
+    if name.endswith("ForImageClassification"):
+        return "image-classification"
+    return "classification" if name.endswith("ForSequenceClassification") else "causal-lm"
+
+
+def classifier_name(model: Any) -> str:
+    """The name of the module of an image classifier that makes scores of features. Raises UsageError without one."""
+    inner = getattr(model, "timm_model", None)
+    head = inner.get_classifier() if inner is not None else getattr(model, "classifier", None)
+    found = [name for name, module in model.named_modules() if module is head]
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no classifier that could be trained beside an adapter")
+    return found[0]
+
+
+def classes_of(spec: str) -> list[str]:
+    """The names of the classes that an image classifier tells apart, in its order; none for any other model."""
+    config = load_config(spec)
+    known = task_of(config) == "image-classification"
+    return [str(name) for _, name in sorted(config.id2label.items())] if known else []
 
 
 def position_limit(spec: str) -> int | None:

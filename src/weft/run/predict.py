@@ -1,4 +1,4 @@
-"""Answers of an adapted model: text for language models, label probabilities for classifiers."""
+"""Answers of an adapted model: text for language models, label probabilities for classifiers of text or images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weft.errors import UsageError, WeftError
 from weft.run import sources
 from weft.run.adapt import LABELS_FILE, RUN_FILE
-from weft.run.models import Base
+from weft.run.models import Base, task_of_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,11 +52,14 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
     if (adapter / "adapter_config.json").exists():
         config = _read_json(adapter / "adapter_config.json")
         base = run.get("model") or config.get("base_model_name_or_path")
-        task = "classification" if config.get("task_type") == "SEQ_CLS" else "causal-lm"
+        # PEFT writes the class of the base model where it has no word of its own for the task
+        named = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+        task = "classification" if config.get("task_type") == "SEQ_CLS" else task_of_class(named)
         return {"kind": "adapter", "base": base, "task": task, "labels": labels}
     if (adapter / "config.json").exists():
-        names = _read_json(adapter / "config.json").get("architectures") or [""]
-        task = "classification" if names[0].endswith("ForSequenceClassification") else "causal-lm"
+        config = _read_json(adapter / "config.json")
+        timm = "pretrained_cfg" in config  # whose configs are timm's own
+        task = "image-classification" if timm else task_of_class((config.get("architectures") or [""])[0])
         return {"kind": "model", "base": str(adapter), "task": task, "labels": labels}
     unfinished = " (its run has not finished)" if (adapter / RUN_FILE).exists() else ""
     raise UsageError(f"{str(adapter)!r} holds no adapter_config.json, so it is not an adapter{unfinished}")
@@ -88,11 +91,15 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
         raise UsageError(f"adapter {str(adapter)!r} does not say which model it is for: give --model")
     check_safetensors(adapter)
     labels, count = facts["labels"], None
-    if facts["task"] == "classification" and not labels:
+    if facts["task"] != "causal-lm" and not labels:
         count = _count_labels(adapter)
     base = load_base(
         spec, facts["task"], dtype=torch.bfloat16 if bf16 else torch.float32, labels=labels, num_labels=count
     )
+    if facts["task"] == "image-classification":
+        from weft.run.images import PROCESSOR, load_processor
+
+        base.tokenizer = load_processor(str(adapter) if (adapter / PROCESSOR).exists() else spec)
     if facts["kind"] == "adapter":
         base.model = attach_saved(base.model, adapter, spec)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +114,7 @@ def _count_labels(adapter: Path) -> int | None:
     for file in adapter.glob("*.safetensors"):
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 — not a mapping
-                if re.search(r"(score|classifier|out_proj)\.weight$", name):
+                if re.search(r"(score|classifier|out_proj)(\.\d+)?\.weight$", name):
                     return int(tensors.get_slice(name).get_shape()[0])
     return None
 
@@ -191,17 +198,24 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def classify(base: Base, rows: list[sources.Row], max_length: int, batch_size: int = 8) -> Iterator[dict[str, float]]:
-    """The probability of each label, by name, for each row of text (or text1 and text2)."""
+    """The probability of each label, by name, for each row of text (or text1 and text2), or image."""
     import torch
 
     from weft.run.data import collate, encode_pair
+    from weft.run.images import preparer
 
     model: Any = base.model
     device = next(model.parameters()).device
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    of_images = base.task == "image-classification"
+    prepare = preparer(base.tokenizer) if of_images else None
     for start in range(0, len(rows), batch_size):
-        encoded = [encode_pair(base.tokenizer, row, max_length) for row in rows[start : start + batch_size]]
-        batch = collate(encoded, base.tokenizer.pad_token_id or 0)
+        some = rows[start : start + batch_size]
+        if prepare is not None:
+            batch = collate([{"pixel_values": prepare(row["image"])} for row in some])
+        else:
+            encoded = [encode_pair(base.tokenizer, row, max_length) for row in some]
+            batch = collate(encoded, base.tokenizer.pad_token_id or 0)
         with torch.inference_mode():
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
         for probabilities in logits.float().softmax(-1).tolist():

@@ -16,12 +16,13 @@ _LINES = 20  # where there is no terminal, about this many lines a run
 
 
 class Progress:
-    """Loss, tokens a second, memory and time left, on standard output."""
+    """Loss, tokens (or images) a second, memory and time left, on standard output."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "tokens") -> None:
+        self.unit = unit
         self.console = Console(file=sys.stdout, soft_wrap=True)
         self.bar: _Bar | None = None
-        self.tokens = 0
+        self.units = 0
         self.started = time.perf_counter()
         self.first_step = self.total = self.step = 0
         self.paused = 0.0  # seconds spent beside the steps
@@ -41,14 +42,14 @@ class Progress:
             self.bar.start()
             self.task = self.bar.add_task("train", total=total, completed=step, text="")
 
-    def count(self, tokens: int) -> None:
-        """Tokens of a batch that was drawn."""
-        self.tokens += tokens
+    def count(self, units: int) -> None:
+        """Tokens, or images, of a batch that was drawn."""
+        self.units += units
 
     def measures(self) -> dict[str, Any]:
-        """Tokens a second since the start of this process, and memory in bytes."""
+        """Tokens (or images) a second since the start of this process, and memory in bytes."""
         seconds = max(self._seconds(), 1e-9)
-        return {"tokens_per_second": round(self.tokens / seconds, 1), "memory_bytes": memory_bytes()}
+        return {f"{self.unit}_per_second": round(self.units / seconds, 1), "memory_bytes": memory_bytes()}
 
     def advance(self, step: int, loss: float | None) -> None:
         self.step = step
@@ -57,7 +58,7 @@ class Progress:
             return
         now = self.measures()
         text = f"loss {loss:.4f}" if loss is not None else ""
-        text += f"  {now['tokens_per_second']:,.0f} tokens/s  {now['memory_bytes'] / 2**20:,.0f} MiB"
+        text += f"  {now[f'{self.unit}_per_second']:,.0f} {self.unit}/s  {now['memory_bytes'] / 2**20:,.0f} MiB"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
             return

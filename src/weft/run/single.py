@@ -36,16 +36,18 @@ def _reading(study: Study) -> dict[str, Any]:
 
 
 def load_data(study: Study) -> tuple[Splits, Any, Exam | None]:
-    """The splits that all methods share, the tokenizer, and what is to be generated, if anything.
+    """The splits that all methods share, the tokenizer (or image processor), and what is to be generated, if anything.
 
     Raises UsageError for data that cannot be read or, where generation is asked for, have no prompts.
     """
     from weft.run import sources
-    from weft.run.data import load_splits
-    from weft.run.models import load_tokenizer
+    from weft.run.data import load_reader, load_splits
+    from weft.run.models import classes_of
 
-    tokenizer = load_tokenizer(study.model)
-    rows = sources.read(study.data, study.task, seed=study.seed, **_reading(study))
+    rows = sources.read(
+        study.data, study.task, seed=study.seed, classes=classes_of(study.model), **_reading(study)
+    )
+    tokenizer = load_reader(study.model, rows)
     exam = _exam(study, rows, tokenizer) if study.generate else None
     splits = load_splits(study.data, study.task, tokenizer, max_length=study.max_length, seed=study.seed, rows=rows)
     return splits, tokenizer, exam
@@ -59,7 +61,7 @@ def _exam(study: Study, rows: sources.Rows, tokenizer: Any) -> Exam:
     if rows.kind not in ("completion", "chat"):
         raise UsageError(
             f"--generate needs data with prompts and completions, or chats, and {study.data!r} holds "
-            + {"text": "plain text", "classification": "texts with labels"}[rows.kind]
+            + {"text": "plain text", "classification": "texts with labels", "image": "images"}[rows.kind]
         )
     exam = exam_of(
         rows.test,

@@ -1,4 +1,4 @@
-"""Raw rows from wherever the user's data lies: files, folders, the hub, or the built-in texts."""
+"""Raw rows from wherever the user's data lies: files, folders, the hub, or what is built in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ _SPLIT_WORDS = {
 # Fewer texts than this are split inside each text, not between texts.
 _FEW_TEXTS = 20
 
+SHOTS = 5  # training images a class for few-shot, where nobody says
+
 Row = dict[str, Any]
 
 
 @dataclass
 class Rows:
-    """The rows of each split as the user wrote them; `held_out` says how a missing split was made."""
+    """The rows of each split as the user wrote them; `held_out` says how a missing split was made, `notes` the rest."""
 
     train: list[Row]
     validation: list[Row]
@@ -39,11 +41,12 @@ class Rows:
     kind: str
     held_out: list[str] = field(default_factory=list)
     labels: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def task(self) -> str:
         """The task that the columns speak of."""
-        return "classification" if self.kind == "classification" else "causal-lm"
+        return {"classification": "classification", "image": "image-classification"}.get(self.kind, "causal-lm")
 
 
 def read(
@@ -56,24 +59,31 @@ def read(
     validation_fraction: float = 0.1,
     test_fraction: float = 0.0,
     seed: int = 0,
+    classes: Sequence[str] = (),
+    shots: int | None = None,
 ) -> Rows:
     """Read every row of a data source and settle what it is for.
 
     Args:
         spec: a file (.txt .jsonl .json .csv .tsv .parquet, each also .gz), a folder of them, a data set on the hub
-            ("name" or "name:configuration"), or "builtin:stdlib", "builtin:pydocs".
-        task: "causal-lm", "classification", or "auto": classification where there is a `label` column.
+            ("name" or "name:configuration"), or "builtin:stdlib", "builtin:pydocs"; images as `run.images` reads them,
+            or "builtin:digits", "builtin:digits-shifted".
+        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), or "auto": by what the rows
+            hold, classification where there is a `label` column.
         columns: our name → the source's name, for sources that call their columns otherwise.
         validation, test: further sources that hold these splits.
         validation_fraction, test_fraction: what is held out of train where a split is missing; 0 for none.
-        seed: draws the held-out rows.
+        seed: draws the held-out rows and the shots.
+        shots: training images a class for few-shot; None takes 5.
+        classes: the labels in the model's order, which is kept where they are the data's.
 
     Raises UsageError, in one sentence, for whatever cannot be read or is not usable.
     """
-    splits = _split_rows(spec)
+    few, task = task == "few-shot", "image-classification" if task == "few-shot" else task
+    splits = _split_rows(spec, task)
     for name, other in (("validation", validation), ("test", test)):
         if other is not None:
-            given = _split_rows(other)
+            given = _split_rows(other, task)
             splits[name] = given.get(name) or given.get("train") or next(iter(given.values()))
     for name in SPLITS:
         splits[name] = [_renamed(row, columns or {}) for row in splits.get(name, [])]
@@ -89,27 +99,32 @@ def read(
     for name, fraction in (("test", test_fraction), ("validation", validation_fraction)):
         if not getattr(rows, name) and fraction > 0:
             _hold_out(rows, name, fraction, seed, spec)
-    if kind == "classification":
-        _number_labels(rows, spec)
+    if kind in ("classification", "image"):
+        _number_labels(rows, spec, classes)
+    if few:
+        _draw_shots(rows, SHOTS if shots is None else shots, seed, spec)
     return rows
 
 
 def read_unlabelled(spec: str, split: str, columns: dict[str, str] | None = None) -> list[Row]:
     """The rows of one split to be answered, labels and completions where there are any.
 
-    A source without splits is taken whole. Raises UsageError for a split that is not there.
+    A source without splits is taken whole, be it a file or a folder of images. Raises UsageError for a split that is
+    not there.
     """
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}: {nearest(split, SPLITS)}")
     splits = {name: rows for name, rows in _split_rows(spec).items() if rows}
     if split not in splits:
-        if set(splits) != {"train"} or Path(spec).expanduser().is_dir():
+        of_images = any("image" in row for row in splits.get("train", []))
+        folder = Path(spec).expanduser().is_dir() and not of_images
+        if set(splits) != {"train"} or folder:
             raise UsageError(f"data {spec!r} has no {split} split: there are {', '.join(splits) or 'none'}")
         split = "train"
     rows = [_renamed(row, columns or {}) for row in splits[split]]
     wanted = (("messages",), ("prompt",), ("text1", "text2"), ("text",))
     for number, row in enumerate(rows, 1):
-        if not any(all(row.get(name) for name in names) for names in wanted):
+        if "image" not in row and not any(all(row.get(name) for name in names) for names in wanted):
             raise UsageError(
                 f"data {spec!r}, row {number}, has none of the columns text, prompt, messages, or text1 and text2: it "
                 f"has {', '.join(map(str, row))}; name them with --columns text=..."
@@ -120,15 +135,19 @@ def read_unlabelled(spec: str, split: str, columns: dict[str, str] | None = None
 # --- where rows come from ---------------------------------------------------------------------------------------------
 
 
-def _split_rows(spec: str) -> dict[str, list[Row]]:
+def _split_rows(spec: str, task: str = "auto") -> dict[str, list[Row]]:
+    from weft.run import images
+
     if spec.startswith("builtin:"):
         return _builtin_rows(spec.removeprefix("builtin:"))
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _folder_rows(path)
+        return _folder_rows(path, task)
     if path.exists():
-        return {"train": read_file(path)}
-    if spec.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES:
+        if _suffix(path) == ".npz":
+            return images.read_npz(path)
+        return {"train": [{"image": images.checked(path)}] if images.is_image(path) else read_file(path)}
+    if spec.startswith((".", "/", "~")) or _suffix(path) in (*SUFFIXES, ".npz", *images.SUFFIXES):
         raise UsageError(f"data file {spec!r} does not exist")
     return _hub_rows(spec)
 
@@ -136,26 +155,44 @@ def _split_rows(spec: str) -> dict[str, list[Row]]:
 def _builtin_rows(name: str) -> dict[str, list[Row]]:
     from weft import builtin
 
+    if name in builtin.IMAGES:
+        return {split: _builtin_images(name, split) for split in SPLITS}
     try:
         return {split: list(builtin.texts(name, split)) for split in SPLITS}
     except OSError as error:
         raise WeftError(f"builtin:{name} cannot be read: {error}") from error
 
 
-def _folder_rows(folder: Path) -> dict[str, list[Row]]:
+def _builtin_images(name: str, split: str) -> list[Row]:
+    """Built-in scans as the grey levels that an image file would hold."""
+    from weft import builtin
+
+    pixels, labels = builtin.images(name, split)
+    grey = ((pixels[:, 0] + 1) * 127.5).round().astype("uint8")
+    return [{"image": image, "label": int(label)} for image, label in zip(grey, labels, strict=True)]
+
+
+def _folder_rows(folder: Path, task: str) -> dict[str, list[Row]]:
+    from weft.run import images
+
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    looks = not files or task == "auto"
+    if task == "image-classification" or (looks and images.count_within(folder) > len(files)):
+        return images.read_folder(folder)
     if not files:
-        raise UsageError(f"folder {str(folder)!r} holds no data file: there may be {', '.join(SUFFIXES)}, also .gz")
+        raise UsageError(
+            f"folder {str(folder)!r} holds no data file: there may be {', '.join(SUFFIXES)}, also .gz, or images"
+        )
     named: dict[str, list[Path]] = {}
     for file in files:
-        split = _split_of(file.relative_to(folder))
+        split = split_of(file.relative_to(folder))
         if split is not None:
             named.setdefault(split, []).append(file)
     chosen = named if "train" in named else {"train": files}
     return {split: [row for file in paths for row in read_file(file)] for split, paths in chosen.items()}
 
 
-def _split_of(relative: Path) -> str | None:
+def split_of(relative: Path) -> str | None:
     """The split that a path speaks of: its words, from the file's name up to the folder's."""
     for part in reversed(relative.parts):
         words = part.lower().split(".", 1)[0].replace("-", "_").split("_")
@@ -176,7 +213,7 @@ def _hub_rows(spec: str) -> dict[str, list[Row]]:
         raise UsageError(f"data {spec!r} is no file or folder here and cannot be had from the hub: {reason}") from error
     splits: dict[str, list[Row]] = {}
     for split in found:
-        ours = _split_of(Path(str(split)))
+        ours = split_of(Path(str(split)))
         if ours is not None and ours not in splits:
             splits[ours] = found[split].to_list()
     if "train" not in splits:
@@ -290,7 +327,17 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
 
 
 def _kind(spec: str, row: Row, task: str) -> str:
-    """What a row is: chat, completion, classification or text."""
+    """What a row is: chat, completion, classification, text or image."""
+    if task == "image-classification" or (task == "auto" and "image" in row and "text" not in row):
+        for column, remedy in (("image", "--task says what else it is for"), ("label", "give each class a folder")):
+            if column not in row:
+                raise UsageError(
+                    f"data {spec!r} has no {column} to learn from: it has {', '.join(map(str, row))}; {remedy}, or "
+                    "name columns with --columns image=...,label=..."
+                )
+        return "image"
+    if isinstance(row.get("image"), Path) or hasattr(row.get("image"), "shape"):
+        raise UsageError(f"data {spec!r} holds images, which --task {task} cannot use: it is for text")
     labelled = "label" in row and ("text" in row or ("text1" in row and "text2" in row))
     if task == "classification":
         if not labelled:
@@ -321,6 +368,7 @@ def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
         "text": ("text",),
         "completion": ("prompt", "completion"),
         "classification": ("text1", "text2", "label") if "text1" in row else ("text", "label"),
+        "image": ("image", "label"),
     }[kind]
     kept = {}
     for column in wanted:
@@ -328,10 +376,14 @@ def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
         if column == "label":
             if value is None or isinstance(value, (dict, list)):
                 raise UsageError(f"data {spec!r}, {where}: label must be a word or a number, not {value!r}")
+        elif column == "image":
+            stored = isinstance(value, dict) and value.get("bytes")
+            if not (stored or isinstance(value, Path) or hasattr(value, "shape")):
+                raise UsageError(f"data {spec!r}, {where}: image must hold the bytes of one, not {value!r:.60}")
         elif not isinstance(value, str):
             raise UsageError(f"data {spec!r}, {where}: {column} must be text, not {value!r}")
         kept[column] = value
-    if not any(kept[column].strip() for column in wanted if column != "label"):
+    if kind != "image" and not any(kept[column].strip() for column in wanted if column != "label"):
         return None
     return kept
 
@@ -347,8 +399,11 @@ def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def _number_labels(rows: Rows, spec: str) -> None:
-    """Turn labels into numbers 0, 1, ... in sorted order of their names (as numbers where all are)."""
+def _number_labels(rows: Rows, spec: str, classes: Sequence[str]) -> None:
+    """Turn labels into numbers 0, 1, ... in sorted order of their names (as numbers where all are).
+
+    Where they are the model's own `classes`, its order is kept, so that its head still says what it said.
+    """
     named = {_label_name(row["label"]) for row in rows.train}
     try:
         names = sorted(named, key=int)
@@ -356,6 +411,7 @@ def _number_labels(rows: Rows, spec: str) -> None:
         names = sorted(named)
     if len(names) < 2:
         raise UsageError(f"data {spec!r} has only the label {names[0]!r} in train: nothing to tell apart")
+    names = list(classes) if sorted(classes) == sorted(names) else names
     numbers = {name: number for number, name in enumerate(names)}
     for split in SPLITS:
         for row in getattr(rows, split):
@@ -364,6 +420,19 @@ def _number_labels(rows: Rows, spec: str) -> None:
                 raise UsageError(f"data {spec!r}: label {name!r} of {split} never occurs in train")
             row["label"] = numbers[name]
     rows.labels = names
+
+
+def _draw_shots(rows: Rows, shots: int, seed: int, spec: str) -> None:
+    """Leave `shots` training rows of each class, drawn by seed, in their order."""
+    dice, kept = random.Random(f"{seed}/shots"), []
+    for number, name in enumerate(rows.labels or []):
+        places = [place for place, row in enumerate(rows.train) if row["label"] == number]
+        if len(places) < shots:
+            raise UsageError(f"data {spec!r} has {len(places)} of {name!r} to train on, fewer than shots={shots}")
+        kept += dice.sample(places, shots)
+    rows.train = [rows.train[place] for place in sorted(kept)]
+    classes = len(rows.labels or [])
+    rows.notes.append(f"few-shot: {shots} of each of {classes} classes to train on, drawn with seed {seed}")
 
 
 def _label_name(label: Any) -> str:

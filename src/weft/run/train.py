@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
@@ -169,7 +170,8 @@ def train(
     curve: list[dict[str, Any]] = []
     steps, optimizer_bytes, validation = 0, 0, {}
     if trainable:
-        bar = Progress() if progress and args.process_index == 0 else None
+        unit = "images" if splits.task == "image-classification" else "tokens"
+        bar = Progress(unit) if progress and args.process_index == 0 else None
         watch = Watch(splits, settings, output, bar, facts)
         if output is not None and args.process_index == 0:
             output.mkdir(parents=True, exist_ok=True)
@@ -214,6 +216,8 @@ def _run(
     """Run Trainer's loop with `watch` beside it; the trainer after its last step."""
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
+    if splits.task == "image-classification" and teach is None:
+        extra["compute_loss_func"] = class_loss
     if method.optimizer is not None:
         if not method.optimizer[0].startswith("hf:"):
             batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
@@ -245,6 +249,12 @@ def _run(
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step, checkpoints.newest(watch.output) if watch.output else None)
     return trainer
+
+
+def class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Nats a row, over all micro-batches of a step: some models' own losses know their micro-batch alone."""
+    total = cross_entropy(outputs["logits"].float(), labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 def _own_optimizer(
@@ -297,13 +307,15 @@ def _trim_metrics(path: Path, step: int) -> None:
 def save_result(model: Any, tokenizer: Any, output: Path) -> None:
     """Put the adapter (or, for full and head-only training, the model and tokenizer) into `output`, file by file whole.
 
+    An image processor goes beside an adapter too: its base model may have none.
+
     Raises WeftError where the disk is full.
     """
     partial = output / ".result.partial"
     try:
         _remake(partial)
         model.save_pretrained(str(partial))
-        if not hasattr(model, "peft_config"):
+        if not hasattr(model, "peft_config") or "pixel_values" in tokenizer.model_input_names:
             tokenizer.save_pretrained(str(partial))
         checkpoints.install(partial, output)
     except Exception as error:
