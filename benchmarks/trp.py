@@ -198,23 +198,21 @@ def resnet(args: argparse.Namespace) -> None:
     table(rows, args.seeds)
 
 
+def outcomes(rows: list[dict[str, Any]], form: str, arm: str) -> np.ndarray:
+    """Whether each test image is classified right, of every seed: seeds × images."""
+    mine = [row for row in rows if (row["form"], row["arm"]) == (form, arm)]
+    return np.array([~np.isin(np.arange(row["settings"]["images"]), row["wrong"]) for row in mine], float)
+
+
 def table(rows: Rows, seeds: int) -> None:
     """Accuracies, and what each arm has more than the model that was decomposed first."""
     mine = [row for row in rows.rows if row["settings"] == rows.settings and row["seed"] < seeds]
-
-    def outcomes(form: str, arm: str) -> np.ndarray:
-        found = np.ones((0, rows.settings["images"]))
-        for row in mine:
-            if (row["form"], row["arm"]) == (form, arm):
-                found = np.vstack([found, ~np.isin(np.arange(found.shape[1]), row["wrong"])])
-        return found
-
-    print(f"\ndense: {outcomes('', 'dense').mean():.1%}\n")
+    print(f"\ndense: {outcomes(mine, '', 'dense').mean():.1%}\n")
     print("| form | | right | of each seed | operations | more than decomposed first |\n| --- " + "| --- " * 5 + "|")
     for form in FORMS:
-        other = outcomes(form, BASELINE).mean(0)
+        other = outcomes(mine, form, BASELINE).mean(0)
         for arm in ("cut", BASELINE, *AFTER):
-            found = outcomes(form, arm)
+            found = outcomes(mine, form, arm)
             apart = found.mean(0) - other
             low, high = interval(apart)
             more = "" if arm == BASELINE else f"{apart.mean():+.1%} ({low:+.1%} to {high:+.1%})".replace("-", "−")

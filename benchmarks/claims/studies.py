@@ -44,6 +44,7 @@ COMMANDS = {
     "mobilefacenet": "python benchmarks/compress_convolutions.py --data-dir DIR --model mobilefacenet",
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
     "maestro": "python benchmarks/maestro.py --data-dir DIR",
+    "trp": "python benchmarks/trp.py --data-dir DIR",
 }
 MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
 
@@ -99,12 +100,26 @@ def cut() -> Iterator[tuple[str, Line]]:
             yield "maestro", Line("maestro", claim, f"{task}: {told(float(np.mean(apart)), low, high, 'points')}", word)
 
 
+def pruned() -> Iterator[tuple[str, Line]]:
+    import trp
+
+    path = trp.RESULTS / "resnet20.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    for form in trp.FORMS if rows else ():
+        apart = (trp.outcomes(rows, form, trp.AFTER[-1]).mean(0) - trp.outcomes(rows, form, trp.BASELINE)).mean(0)
+        low, high = interval(apart)
+        word = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+        claim = "trained with cuts, then cut to half of the multiplications, beats cut first and trained as long"
+        found = f"resnet20, form {form}, {rows[0]['settings']['steps']} steps: "
+        yield "trp", Line("trp", claim, found + told(float(np.mean(apart)), low, high, "points"), word)
+
+
 def page() -> Iterator[str]:
     """The part of the ledger that is measured on real models."""
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
     yield "is better but has twice the dense model's perplexity is *collapsed*."
-    for run in (trained, compressed, convolutions, cut):
+    for run in (trained, compressed, convolutions, cut, pruned):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
