@@ -52,6 +52,7 @@ def _find(name: str) -> Function:
 
 def _settle(threads: int) -> None:
     """One number of threads for every library, before the first sum: it decides the last bits. And silence."""
+    import gc
     import threading
     import warnings
 
@@ -64,6 +65,7 @@ def _settle(threads: int) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    gc.freeze()  # else each collection, and there are some in every run, looks at all that was imported
 
 
 def _serve(pipe: Connection, function: str, context: str, threads: int) -> None:
