@@ -86,6 +86,14 @@ def test_accumulated_is_a_large_batch(llama, corpus):
     assert large.validation["loss"] == pytest.approx(small.validation["loss"], rel=1e-4)
 
 
+def test_accumulated_is_a_large_batch_of_labelled_rows(llama, labelled):
+    """Though a classifier's own loss in transformers knows its micro-batch alone."""
+    large = run(llama, labelled, task="classification", batch_size=8, gradient_accumulation=1)
+    small = run(llama, labelled, task="classification", batch_size=2, gradient_accumulation=4)
+    assert losses(large) == pytest.approx(losses(small), rel=1e-4)
+    assert large.validation["loss"] == pytest.approx(small.validation["loss"], rel=1e-4)
+
+
 def test_classification_learns_to_tell_two_words_apart(llama, labelled):
     result = run(llama, labelled, task="classification", max_steps=60, batch_size=8, learning_rate=0.02)
     assert result.validation["accuracy"] > 0.9

@@ -216,7 +216,7 @@ def _run(
     """Run Trainer's loop with `watch` beside it; the trainer after its last step."""
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
-    if splits.task == "image-classification" and teach is None:
+    if splits.task != "causal-lm":
         extra["compute_loss_func"] = class_loss
     if method.optimizer is not None:
         if not method.optimizer[0].startswith("hf:"):
