@@ -33,12 +33,17 @@ DATASETS: dict[str, str] = {
 _TEXTS = {"stdlib": _corpus.stdlib_rows, "pydocs": _corpus.pydocs_rows}
 IMAGES = ("digits", "digits-shifted")
 
-__all__ = ["DATASETS", "MODELS", "images", "model_path", "texts"]
+__all__ = ["DATASETS", "MODELS", "dataset", "images", "model_path", "texts"]
 
 
 def model_path(name: str) -> Path:
     """Folder of a built-in model, to be given to `from_pretrained`; `name` is "pycode" or "builtin:pycode", say."""
     return Path(__file__).parent / _known(name, MODELS, "model")
+
+
+def dataset(name: str) -> str:
+    """The bare name of built-in data, texts or images; UsageError, with those that there are, for any other."""
+    return _known(name, DATASETS, "data")
 
 
 def texts(name: str, split: str) -> list[dict[str, str]]:

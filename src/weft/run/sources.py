@@ -155,7 +155,7 @@ def _split_rows(spec: str, task: str = "auto") -> dict[str, list[Row]]:
 def _builtin_rows(name: str) -> dict[str, list[Row]]:
     from weft import builtin
 
-    if name in builtin.IMAGES:
+    if builtin.dataset(name) in builtin.IMAGES:
         return {split: _builtin_images(name, split) for split in SPLITS}
     try:
         return {split: list(builtin.texts(name, split)) for split in SPLITS}
