@@ -26,6 +26,7 @@ _LAZY = {
     "prepare": "weft.adapters._training",
     "optimizer_and_scheduler": "weft.adapters._training",
     "step": "weft.steps",
+    "next_task": "weft.adapters._tasks",
     "StepCallback": "weft.adapters._training",
     "export": "weft.adapters._export",
     "compress": "weft.compress._engine",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -297,7 +297,19 @@ def adopt_state(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(load)
 
 
+def retire(parameters: Iterable[Tensor]) -> None:
+    """Make it an error to step these again: they are part of no model any more, so that nothing would be trained."""
+    for p in parameters:
+        p._weft_retired = True  # type: ignore[attr-defined]
+    _install()
+
+
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if any(hasattr(p, "_weft_retired") for group in optimizer.param_groups for p in group["params"]):
+        raise WeftError(
+            "the optimiser holds the adapter of a finished task, so that this step would train nothing: build one for "
+            "the model that weft.next_task returned"
+        )
     for c in controllers_of(optimizer) if _live else ():
         c.started(optimizer)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import weft
-from weft.adapters.sora import SoraConfig, SoraController, SoraDelta, reference_prox
-from weft.algebra.prox import levels, soft_threshold
+from weft.adapters.sora import SoraConfig, SoraController, SoraDelta
+from weft.algebra.prox import levels, reference_prox, soft_threshold
 
 
 def attach(base: nn.Module, **options: object) -> tuple[nn.Module, SoraController, list[SoraDelta]]:

@@ -93,6 +93,15 @@ def test_the_run_file_in_the_documentation_is_one():
     assert request(yaml.safe_load(text)).method.config.r == 16
 
 
+def test_the_tasks_in_the_documentation_are_a_stream(tmp_path):
+    from weft.run.stream import read_tasks
+
+    (text,) = fences.blocks(fences.ROOT / "docs" / "howto" / "streams.md", "yaml")
+    (tmp_path / "tasks.yaml").write_text(text)
+    assert [task["name"] for task in read_tasks(str(tmp_path / "tasks.yaml"))] == ["news", "questions", "reviews"]
+    assert len(read_tasks(str(fences.ROOT / "benchmarks" / "streams" / "tasks.yaml"))) == 5
+
+
 def _parse(words: list[str]) -> None:
     """What weft does with a command line before it does anything: parse it, and check a run's options."""
     import typer.main
@@ -105,8 +114,9 @@ def _parse(words: list[str]) -> None:
     name, verb, rest = group.resolve_command(context, list(words))
     given = verb.make_context(name, list(rest), parent=context).params
     if name == "adapt" and not given["config"]:
-        own = {key: value for key, value in given.items() if key not in ("config", "dry_run", "resume")}
-        request({key: value for key, value in own.items() if value is not None})
+        own = {key: value for key, value in given.items() if key not in ("config", "dry_run", "resume", "stream")}
+        rows = {"data": "each task's own"} if given["stream"] else {}
+        request({key: value for key, value in own.items() if value is not None} | rows)
     if name == "compress" and not given["config"]:
         from weft.run import compress
 

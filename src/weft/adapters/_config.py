@@ -38,6 +38,12 @@ def peft_type(slug: str) -> PeftType:
     return PeftType._member_map_[name]  # type: ignore[return-value]
 
 
+def tasks_of(model: Any) -> int:
+    """How many tasks `weft.next_task` has merged into a model's weights."""
+    counts = (getattr(holder, "weft_tasks", None) for holder in (getattr(model, "config", None), model))
+    return next((count for count in counts if isinstance(count, int)), 0)
+
+
 @dataclass
 class AdapterConfig(MethodConfig, PeftConfig):
     """Fields that all of weft's adapters share. A method adds its own, each with `metadata={"help": ...}`.
@@ -77,6 +83,9 @@ class AdapterConfig(MethodConfig, PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"stored": True})
     base_sketch: dict[str, list[float]] | None = field(default=None, metadata={"stored": True})
     checksums: dict[str, str] = field(default_factory=dict, metadata={"stored": True})
+    # tasks that weft.next_task ended before this one: in the weights, and beside them in the adapter
+    merged_tasks: int = field(default=0, metadata={"stored": True})
+    kept_tasks: int = field(default=0, metadata={"stored": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +110,10 @@ class AdapterConfig(MethodConfig, PeftConfig):
         """The fields a user sets: the method's own first, then where to attach."""
         inherited = {f.name for f in dataclasses.fields(PeftConfig)}
         return [f for f in super().own_fields() if f.name not in inherited and not f.metadata.get("stored")]
+
+    def finished_tasks(self) -> int:
+        """Tasks that came before this adapter's own."""
+        return self.merged_tasks + self.kept_tasks
 
     @property
     def is_stored(self) -> bool:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from weft import steps
 from weft.adapters._delta import Delta, Group
-from weft.errors import UsageError
+from weft.errors import UsageError, WeftError
 
 
 class Controller(steps.Controller):
@@ -64,12 +64,20 @@ class Controller(steps.Controller):
             released, _ = d.compact(dict(whole))
             if any(released.get(k) is not v for k, v in whole.items()):  # the released adapter has lost capacity
                 tensors.update({f"delta/{i}/{k}": v.detach().clone() for k, v in whole.items()})
-        return {**super().checkpoint(), **tensors}
+        before = self.config.finished_tasks()
+        tasks = {"tasks": torch.tensor(before)} if before else {}
+        return {**super().checkpoint(), **tasks, **tensors}
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        then, now = int(state.get("tasks", 0)), self.config.finished_tasks()
+        if then != now:
+            raise WeftError(
+                f"{self.config.slug()}: the state is that of an adapter before which {then} tasks were finished, and "
+                f"before this one there were {now}: a task that has ended does not go on"
+            )
         self.step = int(state["step"])  # which a delta may ask for when it is loaded
         for i, d in enumerate(self.deltas):
             own = {k.split("/", 2)[2]: v for k, v in state.items() if k.startswith(f"delta/{i}/")}
             if own:
                 d.load_state_dict(own)
-        super().restore({k: v for k, v in state.items() if not k.startswith("delta/")})
+        super().restore({k: v for k, v in state.items() if k != "tasks" and not k.startswith("delta/")})

@@ -125,6 +125,14 @@ class Delta(nn.Module):
         """Released tensors, in the shapes that this delta allocated."""
         return tensors
 
+    def legacy(self) -> dict[str, Tensor] | None:
+        """At the end of a task, what stays beside the weight, for `inherit`; None: ΔW is merged into it."""
+        return None
+
+    def inherit(self, legacy: Mapping[str, Tensor]) -> None:
+        """Carry on what the delta of the task before has left."""
+        raise NotImplementedError(f"{type(self).__name__} leaves something and must define inherit()")
+
     def checksums(self) -> dict[str, str]:
         """By name, what a saved adapter must find again though it does not hold it; compared by the method."""
         return {}

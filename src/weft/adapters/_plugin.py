@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters import _sketch
-from weft.adapters._config import AdapterConfig, peft_type
+from weft.adapters._config import AdapterConfig, peft_type, tasks_of
 from weft.adapters._delta import Blocks, Delta, Experts, Site, leaves, named_leaves
 from weft.adapters._kinds import Embedding, Linear, QuantisedLinear, TransposedLinear, kind_of, qkv_sizes
 from weft.adapters._quantised import (
@@ -524,6 +524,13 @@ class AdapterModel(BaseTuner):
             name for name, module in model.named_modules() if isinstance(module, Structured) and module.opaque
         }
         check_targets(model, peft_config, self.prefix)
+        done = tasks_of(model)
+        if peft_config.is_stored and peft_config.merged_tasks != done:
+            raise UsageError(
+                f"the adapter was trained on weights that held {peft_config.merged_tasks} finished tasks, and those of "
+                f"this model hold {done}: put it on the model that it was trained on"
+            )
+        peft_config.merged_tasks = done
 
     def _create_and_replace(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from weft.adapters._config import AdapterConfig
+from weft.adapters._config import AdapterConfig, tasks_of
 from weft.adapters._delta import Delta, Group
 from weft.errors import UsageError
 from weft.registry import card, load
@@ -27,13 +28,19 @@ def prepare(model: nn.Module, config: AdapterConfig, **served: Any) -> AdapterCo
 
     A method without needs returns at once. Raises UsageError where a need is not served. Nothing is needed to reload.
     """
+    check_served(config, served, "weft.prepare(model, config, {}=...)")
+    config.merged_tasks = tasks_of(model)
     needs = card(config.slug()).needs
-    missing = [name for name in needs if served.get(name) is None]
-    if missing:
-        raise UsageError(f"{config.slug()} needs {', '.join(missing)}: weft.prepare(model, config, {missing[0]}=...)")
     if needs:
         load(config.slug()).prepare(model, config, **{name: served[name] for name in needs})
     return config
+
+
+def check_served(config: AdapterConfig, served: Mapping[str, Any], call: str) -> None:
+    """Raise UsageError where a need of the method is not served; `call` serves it, with {} for its name."""
+    missing = [name for name in card(config.slug()).needs if served.get(name) is None]
+    if missing:
+        raise UsageError(f"{config.slug()} needs {', '.join(missing)}: {call.format(missing[0])}")
 
 
 class StepCallback(TrainerCallback):

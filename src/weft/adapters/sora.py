@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from weft.adapters._config import AdapterConfig
 from weft.adapters._controller import Controller
 from weft.adapters._delta import Group, Site
-from weft.adapters._gated import GatedDelta
-from weft.algebra.prox import levels, soft_threshold
+from weft.adapters._gated import PrunedDelta
+from weft.algebra.prox import levels
 from weft.errors import UsageError
 from weft.registry import Card
 
@@ -91,36 +91,13 @@ class SoraConfig(AdapterConfig):
         return levels(self.sparse_lambda_2, self.max_lambda, self.threshold_levels, self.level_spacing)
 
 
-class SoraDelta(GatedDelta):
+class SoraDelta(PrunedDelta):
     """ΔW = s·B·diag(g)·A."""
 
     def __init__(self, config: SoraConfig, site: Site) -> None:
         super().__init__(config, site)
         self.scale = config.lora_alpha / config.r
         self.g = nn.Parameter(torch.randn_like(site.empty(self.r)))
-
-    def gate(self) -> Tensor:
-        return self.scale * self.g
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        if self.training or torch.compiler.is_compiling():
-            return super().factors()
-        # as the saved adapter computes: only components that survive
-        kept = self.g.detach() != 0
-        return (self.B * self.gate())[:, kept], self.A[kept]
-
-    def compact(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-        kept = tensors["g"] != 0
-        return {"A": tensors["A"][kept], "B": tensors["B"][:, kept], "g": tensors["g"][kept]}, int(kept.sum())
-
-    def expand(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        full = {name: torch.zeros_like(p) for name, p in self.state_dict().items()}
-        k = len(tensors["g"])
-        full["A"][:k], full["B"][:, :k], full["g"][:k] = tensors["A"], tensors["B"], tensors["g"]
-        return full
-
-    def count(self) -> int:
-        return self.r * (self.in_ + self.out + 1)
 
     def controller_class(self) -> type[Controller]:
         return SoraController
@@ -153,18 +130,4 @@ class SoraController(Controller):
     def after_step(self) -> None:
         t = self.threshold()
         for d in self.deltas:
-            if self.config.prox == "soft":
-                d.g.copy_(soft_threshold(d.g, t))
-            else:
-                d.g.copy_(reference_prox(d.g, t))
-
-
-def reference_prox(g: Tensor, t: float) -> Tensor:
-    """The authors' three masked statements in turn: what the first two shrink to within t is zeroed as well.
-
-    >>> reference_prox(torch.tensor([0.3, 0.15, -0.3]), 0.1)
-    tensor([ 0.2000,  0.0000, -0.2000])
-    """
-    g = torch.where(g > t, g - t, g)
-    g = torch.where(g < -t, g + t, g)
-    return torch.where(g.abs() < t, torch.zeros_like(g), g)
+            d.shrink(t, self.config.prox)

@@ -17,6 +17,18 @@ def soft_threshold(v: Tensor, t: float | Tensor) -> Tensor:
     return torch.sign(v) * torch.clamp(v.abs() - t, min=0)
 
 
+def reference_prox(v: Tensor, t: float) -> Tensor:
+    """The prox of SoRA's and CoDyRA's code, three masked statements in turn: what the first two shrink to within t is
+    zeroed as well, so that entries up to 2t are lost, and |v| = t is left alone.
+
+    >>> reference_prox(torch.tensor([0.3, 0.15, -0.3]), 0.1)
+    tensor([ 0.2000,  0.0000, -0.2000])
+    """
+    v = torch.where(v > t, v - t, v)
+    v = torch.where(v < -t, v + t, v)
+    return torch.where(v.abs() < t, torch.zeros_like(v), v)
+
+
 def levels(start: float, stop: float, count: int, spacing: str) -> list[float]:
     """`count` thresholds from `start` to `stop`, both ends exact.
 

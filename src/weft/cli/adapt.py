@@ -32,6 +32,7 @@ def build(argv: list[str]) -> Callable[..., None]:
         _flags.own("config", str | None, "YAML run file; flags override it.", "--config"),
         _flags.own("dry_run", bool | None, "Show modules, parameters and memory; load no weights.", "--dry-run"),
         _flags.resume(),
+        _flags.own("stream", str | None, "YAML file of tasks, to be trained one after another.", "--stream"),
     ]
     common = _adapt.run_options()
     parameters += [_flags.parameter(option, panel(option)) for option in common]
@@ -57,10 +58,14 @@ def panel(option: Option) -> str:
     return "What" if option.name in _adapt.AdaptOptions.__dataclass_fields__ else "Training"
 
 
-def _run(config: str | None, dry_run: bool | None, resume: bool | None, **flags: Any) -> None:
+def _run(config: str | None, dry_run: bool | None, resume: bool | None, stream: str | None, **flags: Any) -> None:
     given = {**(_adapt.read_run_file(config) if config else {})}
     given |= {key: value for key, value in flags.items() if value is not None}
-    go({key: value for key, value in given.items() if value is not None}, bool(dry_run), resume, "adapt --config")
+    given = {key: value for key, value in given.items() if value is not None}
+    if stream is not None:
+        go_through(given, stream, bool(dry_run), resume)
+    else:
+        go(given, bool(dry_run), resume, "adapt --config")
 
 
 def go(given: dict[str, Any], dry_run: bool, resume: bool | None, verb: str) -> None:
@@ -100,6 +105,41 @@ def go(given: dict[str, Any], dry_run: bool, resume: bool | None, verb: str) -> 
         output = Path(str(request.options.output))
         training.html(output, output / "report.html", f"weft {verb} {shlex.quote(f'{output}/{_adapt.RUN_FILE}')}")
         say(f"report: {output / 'report.html'}")
+
+
+def go_through(given: dict[str, Any], tasks: str, dry_run: bool, resume: bool | None) -> None:
+    """Do a stream: a run's options by key of a run file, and the file of its tasks."""
+    from weft.run import stream as _stream
+
+    if not dry_run and not given.get("output"):
+        raise UsageError("--output is missing: a folder for the tasks, their scores and the report")
+    stream = _stream.request(given, tasks)
+    first = stream.tasks[0]
+    for line in outline_lines(first.run, _adapt.outline(first.run, first.rows), whole=dry_run):
+        print(line, flush=True)
+    if dry_run:
+        for task in stream.tasks:
+            scored = len(getattr(task.rows, task.split))
+            print(f"task {task.name}: {len(task.rows.train):,} rows to train on, {scored:,} of {task.split}")
+        return
+    _stream.settle_output(stream, resume)
+    files = [shlex.quote(str(stream.output / name)) for name in (_adapt.RUN_FILE, _stream.TASKS_FILE)]
+    again = f"weft adapt --config {files[0]} --stream {files[1]}"
+    from weft.run.loop import Interrupted
+
+    try:
+        _stream.run_stream(stream, lambda text: print(text, flush=True))
+    except Interrupted as stopped:
+        raise Interrupted(stopped.step, stopped.checkpoint, again) from None
+    except KeyboardInterrupt:  # beside the steps of a task
+        raise WeftError(f"interrupted; go on with: {again}") from None
+    import rich
+
+    from weft.report import stream as report
+
+    rich.print(report.terminal_table(stream.output))
+    report.html(stream.output, stream.output / "report.html", again)
+    print(f"report: {stream.output / 'report.html'}")
 
 
 def _interrupted_beside(request: _adapt.Request, verb: str) -> WeftError:

@@ -29,7 +29,7 @@ RESULT_FILE = "result.json"
 LABELS_FILE = "labels.json"
 
 # Settings that change what is shown or written along the way, not what comes out: a resumed run may change them.
-_WITHOUT_CONSEQUENCE = frozenset(
+WITHOUT_CONSEQUENCE = frozenset(
     ("output", "logging_steps", "eval_steps", "save_steps", "eval_batch_size", "report_to")
 )
 
@@ -354,7 +354,7 @@ def settle_output(run: Request, resume: bool | None) -> bool:
     before = yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}
     now = run.resolved()
     for key in [*now, *before]:
-        if key not in _WITHOUT_CONSEQUENCE and before.get(key) != now.get(key):
+        if key not in WITHOUT_CONSEQUENCE and before.get(key) != now.get(key):
             raise UsageError(
                 f"output folder {str(output)!r} holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}; "
                 "name a new folder, or start over with --no-resume"
@@ -393,7 +393,7 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
     from weft.run import data, models
 
     tokenizer = data.load_reader(run.options.model or "", rows)
-    window = run.settings.max_length if rows.kind == "image" else _window(run, say)
+    window = window_of(run, rows, say)
     splits = data.load_splits(run.options.data or "", rows.task, tokenizer, max_length=window, rows=rows)
     for line in splits.lines():
         say(line)
@@ -409,11 +409,11 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
     return base, splits
 
 
-def _window(run: Request, say: Callable[[str], None]) -> int:
-    """max_length, or the model's own limit where that is smaller."""
+def window_of(run: Request, rows: Rows, say: Callable[[str], None]) -> int:
+    """max_length, or the model's own limit where that is smaller; images have no such length."""
     from weft.run.models import position_limit
 
-    limit = position_limit(run.options.model or "")
+    limit = None if rows.kind == "image" else position_limit(run.options.model or "")
     if limit is not None and limit < run.settings.max_length:
         say(f"max_length is {limit}, which is all that the model can see, not {run.settings.max_length}")
         return limit
