@@ -98,6 +98,17 @@ def by_hand(bert: Path, folder: Path, trained: int, name: str) -> float:
     return sum(right) / len(right)
 
 
+def test_a_stream_of_images(tmp_path):
+    """vit knows the one and learns the other; a head of its own is put back for each."""
+    names = {"turned": "builtin:digits-shifted", "upright": "builtin:digits"}
+    tasks = write_tasks(tmp_path / "tasks.yaml", [{"name": name, "data": data} for name, data in names.items()])
+    asked, found = run({**given(Path("builtin:vit"), tmp_path / "out"), "max_steps": 40, "learning_rate": 0.02}, tasks)
+    assert asked.metric == found["metric"] == "accuracy"
+    assert found["matrix"][0][0] < 0.3 < 0.9 < found["matrix"][0][1]
+    assert found["matrix"][1][0] > 0.1 + found["matrix"][0][0]
+    assert stream.load_model(tmp_path / "out", "turned").model.config.num_labels == 10
+
+
 def test_the_matrix_is_what_the_merged_weights_and_the_heads_give(bert, finished):
     _, found, folder = finished
     assert found["tasks"] == ["a", "b", "c"] and found["metric"] == "accuracy" and found["splits"] == ["test"] * 3
