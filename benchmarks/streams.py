@@ -48,8 +48,8 @@ def prepare(source: Path, rows: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files = ("ag_news/train_8k", "ag_news/test_2k")
         train, test = files if name == "ag_news" else (f"sentence_cls/{name}_train", f"sentence_cls/{name}_test")
-        lines = [open_text(source / f"{file}.jsonl").splitlines() for file in (train, test)]
-        parts = {"train": lines[0][:rows], "validation": lines[0][-min(rows, 200) :], "test": lines[1][: min(rows, 500)]}
+        lines, tested = ([x for x in open_text(source / f"{file}.jsonl").split("\n") if x] for file in (train, test))
+        parts = {"train": lines[:rows], "validation": lines[-min(rows, 200) :], "test": tested[: min(rows, 500)]}
         for split, part in parts.items():
             (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
 

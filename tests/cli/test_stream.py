@@ -8,7 +8,8 @@ import pytest
 import tiny
 import yaml
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "run")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import streaming
 from test_stopping import wait_for
@@ -87,3 +88,18 @@ def test_killed_and_the_same_command_again(spawn, weft, words, tmp_path):
     assert "task 1 of 2, a: done" in out and adapter.stat().st_mtime_ns == first and "step 3/" not in out
     found = [json.loads((folder / "stream.json").read_text()) for folder in (whole, output)]
     assert found[0]["scores"] == found[1]["scores"]
+
+
+@pytest.mark.parametrize("when", ["training", "beside"])
+def test_ctrl_c_says_how_to_go_on(refuse, words, tmp_path, monkeypatch, when):
+    from weft.run import adapt, stream
+    from weft.run.loop import Interrupted
+
+    def stopped(*_):
+        raise Interrupted(7, tmp_path / "checkpoint-7") if when == "training" else KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "_score_all", lambda *_: {})
+    monkeypatch.setattr(adapt, "settled", stopped)
+    output = tmp_path / "out"
+    said = refuse(1, *words(output), says=("go on with: weft adapt --config",))
+    assert f"{output}/run.yaml --stream {output}/tasks.yaml" in said and ("step 7" in said) == (when == "training")

@@ -58,6 +58,7 @@ CARD = Card(
         "How much is pruned hangs on the number of steps: the thresholds add up over a task, and a short one prunes "
         "little. A merged task cannot be taken out again."
     ),
+    reasons={"file": "With a history, A_old and B_old: what finished tasks have left is nowhere else."},
 )
 
 UNKNOWN_LENGTH = 500  # steps, as in the authors' launcher
