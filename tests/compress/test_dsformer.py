@@ -167,6 +167,16 @@ def test_the_gradients_of_the_whole_weight_and_of_the_basis(axis):
         torch.testing.assert_close(layer.layer.atoms.grad, by_hand, rtol=1e-5, atol=1e-8)
 
 
+def test_the_teacher_keeps_its_weights():
+    student, teacher = pair()
+    before = copy.deepcopy(teacher.state_dict())
+    made = objective("dsformer", DsformerConfig(**SIZES), student, teacher)
+    with torch.no_grad():
+        for layer in made.layers.values():
+            layer.whole.zero_()
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+
+
 def test_without_a_step_nothing_changes_from_one_to_the_next():
     student, made = learning(refresh=2, stf=1)
     made.on_step(0, 10)

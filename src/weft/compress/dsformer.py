@@ -216,7 +216,7 @@ class StraightThrough(nn.Module):
     def __init__(self, layer: SmallDenseSemiSparse, w: Tensor) -> None:
         super().__init__()
         self.layer = layer
-        self.whole = nn.Parameter(w.detach().to(layer.values))
+        self.whole = nn.Parameter(w.detach().to(layer.values, copy=True).contiguous())  # the teacher keeps its own
         self.register_buffer("fixed", torch.tensor(False, device=layer.values.device))
         self._coded: tuple[int, int] | None = None  # the versions of W and D that S was found of
 
