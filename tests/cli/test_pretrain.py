@@ -124,7 +124,7 @@ def test_an_optimiser_of_trainer_takes_trainers_words(weft, words, tmp_path):
 
 def test_a_dry_run_writes_nothing(weft, words, tmp_path):
     code, said, _ = weft(*words(tmp_path / "out", *GALORE, "--dry-run"))
-    assert code == 0 and "full@galore on config:" in said and '"rank": 4' in said
+    assert code == 0 and "full@galore on config:" in said and '"rank": 4' in said and "state of galore: " in said
     assert not (tmp_path / "out").exists()
 
 

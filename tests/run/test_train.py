@@ -9,6 +9,7 @@ import torch
 
 from weft.errors import UsageError, WeftError
 from weft.run import data, methods
+from weft.run.measure import expected_state_bytes
 from weft.run.models import load_base
 from weft.run.settings import TrainSettings
 from weft.run.train import hold_out, total_steps, train, training_arguments
@@ -200,3 +201,24 @@ def test_rows_that_are_held_out_are_not_trained_on(llama, corpus):
 def test_a_method_that_learns_on_held_out_rows_runs(llama, corpus, recompute):
     result = run(llama, corpus, "diffora", {"r": 4, "search_steps": 4}, gradient_checkpointing=recompute)
     assert sorted(result.ranks.values()) == [0] * 6 + [4] * 8  # four of each layer's seven modules are chosen
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("full@galore", {"rank": 4}),
+        ("full@galore", {"rank": 4, "inner": "adafactor"}),
+        ("full@dct_projection", {"rank": 4, "form": "trion"}),
+        ("full@owlore", {"rank": 4}),
+    ],
+    ids=str,
+)
+def test_what_an_optimiser_will_keep_is_known_without_weights(name, options, llama, corpus):
+    skeleton = load_base(str(llama), "causal-lm", weights=False).model
+    slug, settled = methods.resolve(name, options).optimizer
+    expected = expected_state_bytes(slug, skeleton, **settled)
+    if slug == "owlore":  # which keeps state of the layers that it draws
+        assert expected is None
+        return
+    kept = run(llama, corpus, name, options, max_steps=1).optimizer_bytes
+    assert kept == expected > 0

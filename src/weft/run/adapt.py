@@ -263,7 +263,7 @@ def outline(run: Request, rows: Rows) -> Outline:
     modules = methods.check_fits(run.method, skeleton)
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    memory = _memory(run, skeleton.config, total, trainable)
+    memory = _memory(run, skeleton, total, trainable)
     if rows.kind == "image":
         spec = run.options.model or ""
         prepare = images.preparer(data.load_reader(spec, rows))
@@ -299,13 +299,15 @@ def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int]) -> int:
     return sum(kept.values())
 
 
-def _memory(run: Request, config: Any, total: int, trainable: int) -> dict[str, int]:
+def _memory(run: Request, skeleton: Any, total: int, trainable: int) -> dict[str, int]:
     """Bytes of weights, training state and activations.
 
     Activations of one decoder layer are about tokens · hidden · 34 bytes at two bytes a number plus what attention
     keeps (Korthikanti et al. 2022, eq. 2, without the score matrix, which fused attention does not store).
     """
-    settings = run.settings
+    from weft.run.measure import expected_state_bytes
+
+    settings, config = run.settings, skeleton.config
     base_bytes = 2 if settings.bf16 and run.method.config is not None else 4
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = getattr(config, "hidden_size", 0)
@@ -318,7 +320,11 @@ def _memory(run: Request, config: Any, total: int, trainable: int) -> dict[str, 
     if run.method.optimizer is None:
         training = {"trained weights, gradients and Adam's moments": trainable * 16}
     else:
-        training = {f"trained weights and gradients, without the state of {run.options.optimizer}": trainable * 8}
+        name, options = run.method.optimizer
+        state = None if name.startswith("hf:") else expected_state_bytes(name, skeleton, **options)
+        training = {"trained weights and gradients": trainable * 8, f"state of {name}": state or 0}
+        if state is None:
+            training = {f"trained weights and gradients, without the state of {name}": trainable * 8}
     return {
         "base weights": total * base_bytes,
         **training,

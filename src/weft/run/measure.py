@@ -10,6 +10,7 @@ import gc
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,6 +109,33 @@ def state_bytes(optimizer: Any) -> int:
         return sum(size(each) for each in vars(value).values()) if hasattr(value, "__dict__") else 0
 
     return size(dict(getattr(optimizer, "optimizer", optimizer).state))
+
+
+def expected_state_bytes(method: str, model: Any, **options: Any) -> int | None:
+    """What an optimiser of weft will keep beside a model, whose weights need not be there.
+
+    Measured on one parameter of every shape, so in as long as a few refreshes take. None of a method whose state
+    depends on more than shapes.
+    """
+    import torch
+
+    from weft import registry
+    from weft.optim import for_trainer
+    from weft.optim._projected import Projected
+
+    kind = getattr(registry.load(method), registry.class_name(method, ""))
+    if not issubclass(kind, Projected) or kind.freezes:
+        return None
+    _, arguments = for_trainer(method, model, **options)
+    total = 0
+    for group in arguments.pop("params"):
+        for (shape, dtype), count in Counter((p.shape, p.dtype) for _, p in group["params"]).items():
+            one = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+            one.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            made = kind([{**group, "params": [("one", one)]}], **arguments)
+            made.step()
+            total += count * state_bytes(made)
+    return total
 
 
 def restart_peak() -> None:
