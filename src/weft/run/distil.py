@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "steps=300"
 NONE = "steps=0"
+# of a method that has nothing to learn by: larger steps than fine-tuning takes, since there is something to repair
+RECIPE = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"}
 PROBE_STEPS = 5  # to turn minutes into steps
 
 _TOLD = ("trainable", "steps", "seconds", "validation", "test")
@@ -73,7 +75,7 @@ def request(options: CompressOptions, method: str, train: str, work: Path) -> _a
         raise UsageError(f"train={train!r}: {own[0]} is the compression's own")
     if minutes is not None and "epochs" in settings:
         raise UsageError(f"train={train!r}: minutes or epochs, not both")
-    recipe = registry.card(method).recipe
+    recipe = registry.card(method).recipe or RECIPE
     shared = {"seed": options.seed, "max_length": options.max_length, "batch_size": options.batch_size}
     given = {**recipe, **shared, **settings, **fixed}
     if minutes is None and not {"epochs", "max_steps"} & set(settings):
