@@ -300,6 +300,7 @@ def draw() -> None:
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "weft", "font.family": "sans-serif", "font.size": 9}
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     rows = [json.loads(line) for line in (COMPARED / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     dense = next(row for row in rows if row.get("phase") == "dense")
@@ -315,7 +316,11 @@ def draw() -> None:
             cell.plot(*zip(*own), ms=4, lw=1.5, label=method, **look)
         cell.set(title=corpus["data"].removeprefix("builtin:"), xlabel="bits of the matrices kept", yscale="log")
         cell.spines[["top", "right"]].set_visible(False)
-        cell.grid(alpha=0.25, which="both")
+        cell.grid(alpha=0.25)
+        cell.set_xticks(rows[0]["keeps"])
+        cell.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        cell.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        cell.yaxis.set_minor_locator(ticker.NullLocator())
     cells[0].set_ylabel("perplexity")
     cells[-1].legend(frameon=False)
     figure.tight_layout()
