@@ -22,9 +22,9 @@ CLAIM = (
 SETTING = (
     f"An MLP {SIDE**2}-{HIDDEN}-{HIDDEN}-10 that knows sharp scans of digits learns from {ROWS} others, half of them "
     f"blurred and halved in resolution: two layers adapted for {STEPS} full-batch steps, rank {RANK} a branch against "
-    f"a LoRA of rank {2 * RANK}. Quality is the sharpness between neighbours, in the range that it has over the training "
-    "scans; τ lies between the medians of the bad and the good. Accuracies on unseen scans, half of them bad, and on "
-    "the same, all sharp."
+    f"a LoRA of rank {2 * RANK}. Quality is the sharpness between neighbours, in the range that it has over the "
+    "training scans; τ lies between the medians of the bad and the good. Accuracies on unseen scans, half of them bad, "
+    "and on the same, all sharp."
 )
 NOT_HERE = "faces and their verification, a Swin transformer, learned judges of quality, and new identities."
 EXPECTED = [

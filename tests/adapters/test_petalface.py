@@ -452,11 +452,11 @@ def test_brisque_gets_images_in_their_own_range(monkeypatch) -> None:
     def judge(x: Tensor, data_range: float, reduction: str) -> Tensor:
         assert data_range == 1.0 and reduction == "none"
         seen.append(x)
-        return x.mean((1, 2, 3))
+        return x.mean((1, 2, 3))[:, None]  # piq's own shape
 
     monkeypatch.setitem(sys.modules, "piq", types.SimpleNamespace(brisque=judge))
     x = torch.rand(2, 3, 4, 4)
-    petalface.brisque(pixel_values=2 * x - 1, labels=None)
+    torch.testing.assert_close(petalface.brisque(pixel_values=2 * x - 1, labels=None), x.mean((1, 2, 3)))
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     petalface.brisque((x - mean.view(3, 1, 1)) / std.view(3, 1, 1), mean=mean.tolist(), std=std.tolist())
     petalface.brisque(torch.full((1, 1, 2, 2), 1.5))

@@ -269,7 +269,8 @@ def brisque(pixel_values: Tensor, mean: Any = 0.5, std: Any = 0.5, **_: Any) -> 
     except ImportError as error:
         raise WeftError('BRISQUE needs piq; install it with pip install "weft[quality]"') from error
     mean, std = (torch.as_tensor(t, device=pixel_values.device).float().view(-1, 1, 1) for t in (mean, std))
-    return piq.brisque((pixel_values.float() * std + mean).clamp(0, 1), data_range=1.0, reduction="none")
+    judged = piq.brisque((pixel_values.float() * std + mean).clamp(0, 1), data_range=1.0, reduction="none")
+    return judged.flatten()  # images × 1
 
 
 class Scorer:
