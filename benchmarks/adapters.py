@@ -82,7 +82,7 @@ def attach(build: Any, config: Any, args: argparse.Namespace) -> tuple[nn.Module
     if isinstance(config, AdapterConfig):
         needs = weft.card(config.slug()).needs
         # the base is not quantised: its weights are the original ones
-        served = {need: model if need == "original_weights" else Batches(model, loss) for need in needs}
+        served = {need: Batches(model, loss) for need in needs} | {"original_weights": model, "quality": 0.5}
         weft.prepare(model, config, **served)
     model = peft.get_peft_model(model, config)
     getattr(config, "once_attached", lambda model: None)(model)

@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--task", choices=tasks, help="one study alone")
     args, passed = parser.parse_known_args()
-    methods = ",".join([*sorted(weft.cards("adapters")), *(f"peft:{name}" for name in PEERS)])
+    own = [slug for slug, card in sorted(weft.cards("adapters").items()) if "quality" not in card.needs]  # of images
+    methods = ",".join([*own, *(f"peft:{name}" for name in PEERS)])
     for task in [args.task] if args.task else tasks:
         data = Path("build") / "studies" / task / "data"
         data.mkdir(parents=True, exist_ok=True)

@@ -186,7 +186,8 @@ def _usage(slug: str, card: weft.Card) -> str:
     if card.needs:
         lines.append(f"weft.prepare(model, config, {', '.join(f'{need}={need}' for need in card.needs)})")
     lines.append("model = get_peft_model(model, config)")
-    command = f"weft adapt --model builtin:pycode --data builtin:pydocs \\\n    --method {slug} --output runs/{slug}"
+    command = f"weft adapt --model builtin:pycode --data builtin:pydocs \\\n    --method {slug}"
+    command += " --quality 0.5" * ("quality" in card.needs) + f" --output runs/{slug}"
     return "```python\n" + "\n".join(lines) + f"\n```\n\n```sh\n{command}\n```"
 
 

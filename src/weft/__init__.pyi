@@ -17,6 +17,7 @@ from weft.adapters.loca import LocaConfig as LocaConfig
 from weft.adapters.loldu import LolduConfig as LolduConfig
 from weft.adapters.lora_sb import LoraSbConfig as LoraSbConfig
 from weft.adapters.nola import NolaConfig as NolaConfig
+from weft.adapters.petalface import PetalfaceConfig as PetalfaceConfig
 from weft.adapters.qwha import QwhaConfig as QwhaConfig
 from weft.adapters.randlora import RandloraConfig as RandloraConfig
 from weft.adapters.salt import SaltConfig as SaltConfig

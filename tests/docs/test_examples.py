@@ -42,6 +42,7 @@ def test_what_a_method_page_says_attaches_it(slug):
         "held_out": [{"input_ids": ids, "labels": ids}],
     }
     known["original_weights"] = known["model"]
+    known["quality"] = 0.5
     exec(code, known)
     adapted = [name for name, _ in known["model"].named_modules() if name.endswith(f"weft_{slug}_delta")]
     assert adapted and any(p.requires_grad for p in known["model"].parameters())

@@ -17,6 +17,7 @@ def skeleton(llama):
 SMALL = {  # what a matrix of 16 x 32 needs of methods whose defaults are made for larger ones
     "loca": {"n_frequency": 16},
     "lora_sb": {"r": 8},
+    "petalface": {"quality": 0.5},
     "randlora": {"r": 8},
     "svfit": {"r": 8},  # by default the singular values decide, which no skeleton has
     "peft:fourierft": {"n_frequency": 16},
@@ -36,7 +37,7 @@ def test_the_count_without_weights_is_the_count_with(name, skeleton, llama):
     import torch
 
     ids = torch.arange(3, 19)[None]
-    from_data = [need for need in methods.needs(method) if need != "original_weights"]
+    from_data = [need for need in methods.needs(method) if need not in ("original_weights", "quality")]
     served = {need: [{"input_ids": ids, "labels": ids}] for need in from_data}
     attached = methods.attach(method, model, **served)
     assert counted == methods.trainable(attached) > 0

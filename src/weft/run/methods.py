@@ -512,6 +512,7 @@ def attach(
         if not method.trains.startswith("peft:"):
             # what a run loads has no other original
             served = {"batches": batches, "held_out": held_out, "original_weights": model}
+            served["quality"] = getattr(config, "quality", None)  # one score for all, or weft.prepare refuses
             weft.prepare(model, config, **{need: served[need] for need in needs(method) if need in served})
         return get_peft_model(model, config)
     except WeftError:
