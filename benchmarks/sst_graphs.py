@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +44,7 @@ from weft.run.compare import commit
 
 WIDTH, RANK = 64, 8
 STEPS, RATE = 300, 1e-2
+OUT = arms.RESULTS / "sst" / "graphs.jsonl"
 SST = {"rank": RANK, "iteration_steps": 20, "restart_warmup": 4}
 PARTS = ("train", "validation", "test")
 SHARES = {"disease_lp": (0.3, 0.1), "airport": (0.7, 0.15)}  # of nodes: train, validation
@@ -275,6 +276,12 @@ def scored(found: np.ndarray, targets: np.ndarray) -> dict[str, Callable[[np.nda
     return {"accuracy": lambda counts: float(counts @ (targets == chosen) / counts.sum()), "F1": f1}
 
 
+def study_of(
+    problems: Sequence[str] = PROBLEMS, seeds: int = 3, steps: int = STEPS, out: Path = OUT
+) -> arms.Study:
+    return arms.Study(out, problems, ARMS, seeds, RATE, {"rate": steps, "test": steps})
+
+
 def report(study: arms.Study) -> Iterator[str]:
     tested = study.tested()
     for problem in study.problems:
@@ -302,19 +309,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=arms.RESULTS / "sst" / "graphs.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    steps = {"rate": args.steps, "test": args.steps}
-    study = arms.Study(args.out, args.only.split(","), ARMS, args.seeds, RATE, steps)
+    asked = study_of(args.only.split(","), args.seeds, args.steps, args.out)
     if not args.tables:
         if args.data_dir is None:
             parser.error("--data-dir is where graphs/ lies; or --tables")
         geometry()
         versions = {"torch": torch.__version__, "weft": weft.__version__}
         made_by = {"device": processor(), "commit": commit(), "versions": versions}
-        study.run(measure, {"data_dir": str(args.data_dir), "made_by": made_by}, args.workers)
-    print("\n".join(report(study)))
+        asked.run(measure, {"data_dir": str(args.data_dir), "made_by": made_by}, args.workers)
+    print("\n".join(report(asked)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ COMMANDS = {
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
     "maestro": "python benchmarks/maestro.py --data-dir DIR",
     "trp": "python benchmarks/trp.py --data-dir DIR",
+    "graphs": "python benchmarks/sst_graphs.py --data-dir DIR",
 }
 MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
 
@@ -114,12 +116,25 @@ def pruned() -> Iterator[tuple[str, Line]]:
         yield "trp", Line("trp", claim, found + told(float(np.mean(apart)), low, high, "points"), word)
 
 
+def graphs() -> Iterator[tuple[str, Line]]:
+    import arms
+    import sst_graphs
+
+    tested = sst_graphs.study_of().tested()
+    for problem, (one, other) in product(sst_graphs.PROBLEMS, sst_graphs.PAIRS):
+        if "sst" in one and (problem, one) in tested:
+            mine, its = tested[problem, one], tested[problem, other]
+            score = next(iter(mine[0]["scores"]))
+            word, shown = arms.order(mine, its, score)
+            yield "graphs", Line("sst", f"{one} above {other}", f"{problem}, {score}: {shown}", word)
+
+
 def page() -> Iterator[str]:
     """The part of the ledger that is measured on real models."""
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
     yield "is better but has twice the dense model's perplexity is *collapsed*."
-    for run in (trained, compressed, convolutions, cut, pruned):
+    for run in (trained, compressed, convolutions, cut, pruned, graphs):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
