@@ -374,14 +374,12 @@ def test_points_of_a_method_wait_for_one_another(study):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_every_method_can_be_asked_for(study):
+def test_every_method_can_be_asked_for_trained_or_not(study):
     for method in registry.cards("compress"):
-        if distil.learns(method):
-            with pytest.raises(UsageError, match=f"{method} learns by training"):
-                point.request(study(method), method, 0.6)
-            continue
-        run = point.request(study(method), method, 0.6)
-        assert run.method == method and (run.config.keep == 0.6 or run.config.target_sparsity == 0.4)
+        for name, train in ((method, None), (f"{method}+train", distil.DEFAULT)):
+            run = point.request(study(name), name, 0.6)
+            assert run.method == method and (run.config.keep == 0.6 or run.config.target_sparsity == 0.4)
+            assert run.train == train
 
 
 @pytest.mark.parametrize(
