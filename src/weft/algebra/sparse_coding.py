@@ -12,7 +12,9 @@ atom at a time (Aharon, Elad, Bruckstein, 2006). The method of optimal direction
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from weft.algebra.svd import svd_top
 
 Start = Literal["svd", "data", "random"]
+Improve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of Y, A, places and values: A and values
 
 BLOCK = 2**22  # numbers that a block of signals keeps at work: near the processor, and still wide enough for it
 
@@ -205,21 +208,7 @@ def ksvd(
     if nonzeros >= d:
         return _exact(y, k, nonzeros)
     atoms = starting_atoms(y, k, start, generator)
-    index, values = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
-    rest = _left(y, atoms, index, values)
-    errors = [float(rest.sum())]
-    for _ in range(rounds):
-        atoms, values = sweep(y, atoms, index, values, power=power)
-        rest = _left(y, atoms, index, values)
-        other, fitted = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
-        left = _left(y, atoms, other, fitted)
-        better = (left < rest)[:, None]
-        index, values = torch.where(better, other, index), torch.where(better, fitted, values)
-        errors.append(float(torch.minimum(left, rest).sum()))
-        if errors[-2] - errors[-1] <= tolerance * errors[-2]:
-            break
-    order = index.argsort(1)
-    return SparseCode(atoms, index.gather(1, order), values.gather(1, order), errors)
+    return _alternated(y, atoms, nonzeros, functools.partial(sweep, power=power), rounds, tolerance)
 
 
 def optimal_directions(
@@ -240,11 +229,19 @@ def optimal_directions(
         spare = torch.randn(len(y), k - d, d, generator=generator, dtype=torch.float64).to(y)
         spare[:, : rows.shape[1]] = torch.where(rows.any(-1, keepdim=True), rows, spare[:, : rows.shape[1]])
         atoms = torch.cat([atoms, _unit(spare)], 1)
+    return _alternated(y, atoms, nonzeros, best_atoms, rounds, tolerance)
+
+
+def _alternated(
+    y: Tensor, atoms: Tensor, nonzeros: int, improve: Improve, rounds: int, tolerance: float
+) -> SparseCode:
+    """Rounds of better atoms for the codes that there are, and of a pursuit of new codes, which a signal takes where
+    they are nearer. Codes come out with ascending places."""
     index, values = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
     rest = _left(y, atoms, index, values)
     errors = [float(rest.sum())]
     for _ in range(rounds):
-        atoms, values = best_atoms(y, atoms, index, values)
+        atoms, values = improve(y, atoms, index, values)
         rest = _left(y, atoms, index, values)
         other, found = omp(atoms @ atoms.mT, y @ atoms.mT, nonzeros)
         left = _left(y, atoms, other, found)
