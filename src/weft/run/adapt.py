@@ -6,6 +6,7 @@ The fields of `AdaptOptions` and `TrainSettings` and the method's own options, s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -220,12 +221,17 @@ def _check_reporters(names: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a run will touch, known from shapes alone. Memory in bytes, estimated for one process."""
+    """What a run will touch, known from shapes alone."""
 
     modules: list[str]
     trainable: int
     total: int
-    memory: dict[str, int]
+    estimate: Callable[[], dict[str, int]]
+
+    @functools.cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes by part, for one process; estimated when it is asked for, since an optimiser's state takes a step."""
+        return self.estimate()
 
 
 def read_rows(options: AdaptOptions) -> Rows:
@@ -263,14 +269,12 @@ def outline(run: Request, rows: Rows) -> Outline:
     modules = methods.check_fits(run.method, skeleton)
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    memory = _memory(run, skeleton, total, trainable)
+    kept = None
     if rows.kind == "image":
         spec = run.options.model or ""
         prepare = images.preparer(data.load_reader(spec, rows))
         kept = _kept_of_image(spec, skeleton, prepare(rows.train[0]["image"]).shape)
-        memory["activations"] = kept * run.settings.batch_size * (2 if run.settings.bf16 else 4)
-        del memory["logits"]
-    return Outline(modules, trainable, total, memory)
+    return Outline(modules, trainable, total, functools.partial(_memory, run, skeleton, total, trainable, kept))
 
 
 def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int]) -> int:
@@ -299,8 +303,8 @@ def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int]) -> int:
     return sum(kept.values())
 
 
-def _memory(run: Request, skeleton: Any, total: int, trainable: int) -> dict[str, int]:
-    """Bytes of weights, training state and activations.
+def _memory(run: Request, skeleton: Any, total: int, trainable: int, kept: int | None) -> dict[str, int]:
+    """Bytes of weights, training state and activations; `kept` is how many numbers a model of images keeps of one.
 
     Activations of one decoder layer are about tokens · hidden · 34 bytes at two bytes a number plus what attention
     keeps (Korthikanti et al. 2022, eq. 2, without the score matrix, which fused attention does not store).
@@ -322,15 +326,14 @@ def _memory(run: Request, skeleton: Any, total: int, trainable: int) -> dict[str
     else:
         name, options = run.method.optimizer
         state = None if name.startswith("hf:") else expected_state_bytes(name, skeleton, **options)
-        training = {"trained weights and gradients": trainable * 8, f"state of {name}": state or 0}
         if state is None:
             training = {f"trained weights and gradients, without the state of {name}": trainable * 8}
-    return {
-        "base weights": total * base_bytes,
-        **training,
-        "activations": activations,
-        "logits": logits,
-    }
+        else:
+            training = {"trained weights and gradients": trainable * 8, f"state of {name}": state}
+    held = {"base weights": total * base_bytes, **training}
+    if kept is not None:
+        return held | {"activations": kept * settings.batch_size * number}
+    return held | {"activations": activations, "logits": logits}
 
 
 # --- where it is written ----------------------------------------------------------------------------------------------
