@@ -1,12 +1,13 @@
-"""Every adapter beside seven of PEFT's on real data, at equal parameter budgets: five studies, each one `weft compare`.
+"""Every adapter beside seven of PEFT's on real data, at equal parameter budgets: six studies, each one `weft compare`.
 
     python benchmarks/studies.py --data-dir DIR                     all of them, one after the other
-    python benchmarks/studies.py --data-dir DIR --task shakespeare  one: shakespeare, e2e, sst2, mrpc or cola
+    python benchmarks/studies.py --data-dir DIR --task shakespeare  one: shakespeare, e2e, sst2, mrpc, digits or cola
 
     shakespeare   stories260k → TinyShakespeare, as in sanity.py: nats a token
     e2e           stories260k → restaurant descriptions from key-value pairs: nats a token, BLEU, ROUGE-L
     sst2          all-MiniLM → sentiment of 2,000 sentences: accuracy
     mrpc          all-MiniLM → paraphrases: accuracy
+    digits        builtin:vit → digits turned by a quarter and inverted: accuracy
     cola          all-MiniLM → acceptability: Matthews correlation. Not all methods: LoRA and training of all weights
                   show whether this encoder learns it at all
 
@@ -74,14 +75,16 @@ def glue(task: str, source: Path, folder: Path) -> list[str]:
 
 
 def prepared(task: str, source: Path, folder: Path) -> list[str]:
-    """Write a task's data; the options of its comparison."""
+    """Write a task's data, if it is not built in; the options of its comparison."""
+    if task == "digits":
+        return ["--model", "builtin:vit", "--data", "builtin:digits-shifted", "--budget", "params=8k,steps=150"]
     if task == "shakespeare":
         return [*shakespeare(source, folder), "--budget", "params=20k,steps=150", "--grid-steps", "50"]
     return e2e(source, folder) if task == "e2e" else glue(task, source, folder)
 
 
 def main() -> None:
-    tasks = ("shakespeare", "e2e", "sst2", "mrpc", "cola")
+    tasks = ("shakespeare", "e2e", "sst2", "mrpc", "digits", "cola")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--task", choices=tasks, help="one study alone")
@@ -91,9 +94,10 @@ def main() -> None:
     for task in [args.task] if args.task else tasks:
         data = Path("build") / "studies" / task / "data"
         data.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "weft", "compare", "--data", str(data), "--methods", methods, "--seeds", "3"]
+        options = prepared(task, args.data_dir, data)
+        options = options if "--data" in options else ["--data", str(data), *options]
+        command = [sys.executable, "-m", "weft", "compare", "--methods", methods, "--seeds", "3", *options]
         command += ["--output", os.path.relpath(RESULTS / task), "--forget-data", "none"]
-        command += prepared(task, args.data_dir, data)
         code = subprocess.run([*command, *passed]).returncode
         if code:
             sys.exit(code)

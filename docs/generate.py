@@ -5,8 +5,8 @@ of the command line, and the results. Everything is read off the registry, the d
 result files, so a new method's file has its page without an edit anywhere.
 
     python docs/generate.py             write the pages; exit with 1 where something public is undocumented
-    python docs/generate.py --readme    write README.md's table of methods as well
-    python docs/generate.py --check     exit with 1 where README.md's table is out of date
+    python docs/generate.py --readme    write README.md's table of methods and src/weft/run/evidence.json as well
+    python docs/generate.py --check     exit with 1 where one of these is out of date
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 
 import docstrings  # noqa: E402
+import guide  # noqa: E402
 from docstrings import markdown, prose  # noqa: E402
 
 import weft  # noqa: E402
+from weft.run import evidence  # noqa: E402
 from weft.run.distil import learns  # noqa: E402
 
 GENERATED = DOCS / "generated"
@@ -492,6 +494,7 @@ def pages() -> dict[str, str]:
     made["reference/engine.md"] = docstrings.engine_page()
     made["reference/cli.md"] = docstrings.cli_page()
     made["results.md"] = results_page()
+    made["guide.md"] = guide.page(table)
     made["contributing.md"] = repository_page("CONTRIBUTING.md")
     made["changelog.md"] = repository_page("CHANGELOG.md")
     return made
@@ -542,16 +545,19 @@ def main(argv: list[str]) -> int:
     """The command."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
+    known = evidence.written(guide.studies())
     if "--check" in argv:
-        if readme(text) != text:
-            print("README.md's table of methods is out of date; run python docs/generate.py --readme", file=sys.stderr)
-            return 1
-        return 0
+        stale = {"README.md's table of methods": readme(text) != text}
+        stale[f"{evidence.FILE.name}"] = known != evidence.FILE.read_text(encoding="utf-8")
+        for what in (what for what, is_stale in stale.items() if is_stale):
+            print(f"{what} is out of date; run python docs/generate.py --readme", file=sys.stderr)
+        return int(any(stale.values()))
     missing = undocumented()
     for sentence in missing:
         print(sentence, file=sys.stderr)
     if "--readme" in argv:
         path.write_text(readme(text), encoding="utf-8")
+        evidence.FILE.write_text(known, encoding="utf-8")
     write(pages())
     return 1 if missing else 0
 

@@ -217,3 +217,19 @@ def test_an_optimiser_that_cannot_be_is_refused_before_any_work(method, words, s
     code, _, err = weft(*adapt_words(tmp_path / "out", *words, method=method))
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_takes_what_measured_best_and_says_why(weft, adapt_words, tmp_path):
+    from weft.run.evidence import candidates
+
+    best = candidates("causal-lm")[0].name
+    words = adapt_words(tmp_path / "out")
+    words[words.index("--method") + 1] = "auto"
+    code, out, err = weft(*words)
+    assert code == 0, err
+    assert f"auto: {best}: " in out and f"{best} on " in out
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["method"] == best.partition("@")[0]
+    code, _, err = weft(*words)
+    assert code == 2 and "holds this run, finished" in err
+    code, out, _ = weft("adapt", "--method", "auto", "--help")
+    assert code == 0 and "--method NAME --help" in " ".join(out.split())

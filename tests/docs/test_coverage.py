@@ -56,6 +56,15 @@ def test_the_readme_table_is_current():
         assert f"[`{slug}`]" in text
 
 
+def test_the_evidence_of_auto_is_current(pages):
+    """What `weft adapt --method auto` goes by is what the guide shows: both follow from the committed results."""
+    studies = generate.guide.studies()
+    assert generate.evidence.written(studies) == generate.evidence.FILE.read_text(encoding="utf-8")
+    for study in studies:
+        for name in study.methods:
+            assert f"`{name}`" in pages["guide.md"], name
+
+
 def test_the_navigation_has_every_page_once_and_no_other(pages):
     pytest.importorskip("mkdocs", reason="mkdocs-material is not installed (make docs installs it)")
     import hooks

@@ -16,6 +16,7 @@ from typing import Any
 from weft.cli import _flags
 from weft.errors import UsageError, WeftError
 from weft.run import adapt as _adapt
+from weft.run.evidence import AUTO, settled
 from weft.run.options import Option
 
 _DOC = """Train an adapter on your data.
@@ -38,7 +39,7 @@ def build(argv: list[str]) -> Callable[..., None]:
     parameters += [_flags.parameter(option, panel(option)) for option in common]
     method = _flags.method_of(argv)
     doc = _DOC
-    if method is None:
+    if method in (None, AUTO):
         doc += "\n\nA method's own options: [bold]weft adapt --method NAME --help[/bold]"
     else:
         parameters += method_parameters(method, f"Options of {method}")
@@ -62,6 +63,9 @@ def _run(config: str | None, dry_run: bool | None, resume: bool | None, stream: 
     given = {**(_adapt.read_run_file(config) if config else {})}
     given |= {key: value for key, value in flags.items() if value is not None}
     given = {key: value for key, value in given.items() if value is not None}
+    given, why = settled(given, stream, resume)
+    for line in why if int(os.environ.get("RANK", "0")) == 0 else ():
+        print(line, flush=True)
     if stream is not None:
         go_through(given, stream, bool(dry_run), resume)
     else:

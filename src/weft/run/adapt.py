@@ -51,7 +51,9 @@ class AdaptOptions:
         "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs; for "
         "images a folder of them, a .npz file, or builtin:digits|digits-shifted",
     )
-    method: str | None = _option(None, "a method of `weft methods`, PEFT's own as peft:lora, or base, head, full")
+    method: str | None = _option(
+        None, "a method of `weft methods`, PEFT's own as peft:lora, or base, head, full; auto: what measured best"
+    )
     optimizer: str | None = _option(
         None,
         "steps full training or PEFT's own method: a name of `weft methods --pillar optim`, or HF Trainer's as "
