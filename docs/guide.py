@@ -81,6 +81,7 @@ def _streamed(content: dict[str, Any]) -> Study:
             score=_round(each.mean),
             spread=_round(each.spread),
             beaten=_beaten(each.rank, len(standings)),
+            trainable=found[each.method]["trainable"],
             forgotten=_round(fmean(found[each.method]["forgetting"])),
         )
         for each in standings
