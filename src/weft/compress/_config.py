@@ -86,3 +86,24 @@ class CalibratedConfig(CompressConfig):
             raise UsageError(f"shrink={self.shrink!r}: a share between 0 and 1, or 'auto'")
 
 
+@dataclass
+class AnewConfig(CompressConfig):
+    """Options of methods that find each size anew, so that errors of all sizes are not to be had."""
+
+    common: ClassVar[bool] = True
+
+    allocate: Literal["uniform", "threshold", "block_influence"] = field(  # type: ignore[assignment]
+        default="uniform",
+        metadata={
+            "help": "who gets how much: the same share everywhere, one threshold on singular values, or by each "
+            "block's influence"
+        },
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.allocate not in ("uniform", "threshold", "block_influence"):
+            raise UsageError(
+                f"allocate={self.allocate!r} needs the error of every size, and this method finds each size anew: use "
+                "uniform, threshold or block_influence"
+            )

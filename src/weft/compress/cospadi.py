@@ -46,7 +46,7 @@ from weft.algebra.gram import over_root, root, times_root
 from weft.algebra.random import generator
 from weft.algebra.sparse_coding import ksvd
 from weft.compress._calibration import Statistics
-from weft.compress._config import CalibratedConfig
+from weft.compress._config import AnewConfig, CalibratedConfig
 from weft.compress._factoriser import Factoriser, Tensors, moment
 from weft.compress._layers import Group, Layer, Unit, type_of
 from weft.errors import UsageError
@@ -68,16 +68,9 @@ CARD = Card(
 
 
 @dataclass
-class CospadiConfig(CalibratedConfig):
+class CospadiConfig(AnewConfig, CalibratedConfig):
     """Options of CoSpaDi."""
 
-    allocate: Literal["uniform", "threshold", "block_influence"] = field(  # type: ignore[assignment]
-        default="uniform",
-        metadata={
-            "help": "who gets how much: the same share everywhere, one threshold on singular values, or by each "
-            "block's influence"
-        },
-    )
     rho: float = field(default=2.0, metadata={"help": "atoms in the dictionary for each one that an output takes, k/s"})
     iterations: int = field(default=60, metadata={"help": "rounds of pursuit and K-SVD, at most", "short": 3})
     tolerance: float = field(
@@ -93,11 +86,6 @@ class CospadiConfig(CalibratedConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.allocate not in ("uniform", "threshold", "block_influence"):
-            raise UsageError(
-                f"allocate={self.allocate!r} needs the error of every size, and CoSpaDi learns each size anew: use "
-                "uniform, threshold or block_influence"
-            )
         if not (isinstance(self.rho, int | float) and 1 <= self.rho < math.inf):
             raise UsageError(f"rho={self.rho!r}: a number of at least 1, atoms for each one that an output takes")
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 0:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from torch.nn.functional import linear
 from weft.algebra.blocks import column_blocks, joined
 from weft.algebra.random import generator
 from weft.algebra.sparse_coding import SparseCode, fitted, omp, optimal_directions, reseeded, spread
-from weft.compress._config import CompressConfig
+from weft.compress._config import AnewConfig
 from weft.compress._distil import Objective, Seen, apart
 from weft.compress._factoriser import Factoriser, Tensors
 from weft.compress._layers import Layer
@@ -64,16 +64,9 @@ CARD = Card(
 
 
 @dataclass
-class DsformerConfig(CompressConfig):
+class DsformerConfig(AnewConfig):
     """Options of DSFormer."""
 
-    allocate: Literal["uniform", "threshold", "block_influence"] = field(  # type: ignore[assignment]
-        default="uniform",
-        metadata={
-            "help": "who gets how much: the same share everywhere, one threshold on singular values, or by each "
-            "block's influence"
-        },
-    )
     block_size: int = field(default=32, metadata={"help": "m, of the inputs in a block, at most", "short": 4})
     atoms: float = field(default=1.0, metadata={"help": "k/m, rows of a block's basis for each of its columns"})
     axis: Axis = field(default="in", metadata={"help": "what is cut into blocks: the inputs (in) or outputs (out)"})
@@ -88,11 +81,6 @@ class DsformerConfig(CompressConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.allocate not in ("uniform", "threshold", "block_influence"):
-            raise UsageError(
-                f"allocate={self.allocate!r} needs the error of every size, and DSFormer finds each size anew: use "
-                "uniform, threshold or block_influence"
-            )
         for name, least in (("block_size", 1), ("rounds", 0), ("refresh", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
