@@ -155,11 +155,11 @@ def _short(found: Sequence[Study]) -> Iterator[list[str]]:
         best = of_kind[0]
         level = [each.name for each in of_kind if each.beaten == best.beaten]
         if best.beaten:
-            reason = f"{best.beaten:.0%} of the others are surely better, the fewest"
+            reason = f"the fewest others are surely better, {best.beaten:.0%} of {len(of_kind) - 1}"
         else:
-            reason = f"none of the {len(of_kind) - 1} others is surely better"
+            reason = "no other is surely better"
         if len(level) > 1:
-            reason += f"; of {len(level)} of which that is so it is the fastest. The others: {_listed(level[1:])}"
+            reason += f"; the fastest of {len(level)} of which that is so, beside {_listed(level[1:])}"
         else:
             reason += f"; next {_listed([each.name for each in of_kind[1:4]])}"
         yield [called, f"`{best.name}`", reason]
