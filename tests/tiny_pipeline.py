@@ -1,6 +1,7 @@
 """A Stable Diffusion of some thousand weights, and captioned images to adapt it to."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def save_pipeline(folder: Path, prediction: str = "epsilon") -> Path:
         norm_num_groups=4,
         sample_size=16,
     )
-    tokenizer = _tokenizer(folder / "words")
+    tokenizer = _tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -62,16 +63,17 @@ def save_pipeline(folder: Path, prediction: str = "epsilon") -> Path:
     return folder
 
 
-def _tokenizer(folder: Path):
-    """CLIP's tokenizer with single letters for words."""
+def _tokenizer():
+    """CLIP's tokenizer with letters for words."""
     from transformers import CLIPTokenizer
 
-    folder.mkdir(parents=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocabulary.write_text(json.dumps({word: place for place, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=12)
 
 
 def pictures(count: int, seed: int = 0) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ DENOISER = "UNet2DConditionModel"
 
 
 def library() -> Any:
-    """diffusers, silent about what it loads. Raises WeftError where it is not installed."""
+    """diffusers. Raises WeftError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
         raise WeftError('a pipeline needs diffusers; install it with pip install "weft[diffusers]"') from error
-    diffusers.utils.logging.set_verbosity(logging.ERROR)
-    diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
 
@@ -64,7 +61,9 @@ def to_lora_weights(folder: Path) -> str:
     return "pytorch_lora_weights.safetensors, which pipe.load_lora_weights reads"
 
 
-def write_pipeline(unet: nn.Module, pipeline: str, folder: Path) -> None:
-    """Write a pipeline with another UNet in it."""
+def write_pipeline(unet: nn.Module, pipeline: str | None, folder: Path) -> None:
+    """Write a pipeline with another UNet in it. Raises UsageError where nothing says which pipeline."""
+    if pipeline is None:
+        raise UsageError("the UNet does not say which pipeline it is of: merge_and_unload() it and save the pipeline")
     kind = library().StableDiffusionPipeline
     kind.from_pretrained(pipeline, unet=unet, use_safetensors=True).save_pretrained(folder)

@@ -327,7 +327,7 @@ def _write_merged(model: PeftModel, folder: Path, rank: int | None) -> str:
         merged = model.merge_and_unload(safe_merge=True)
     source = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
     if is_denoiser(model):
-        write_pipeline(merged, str(source), folder)
+        write_pipeline(merged, source, folder)
         copied = " in its pipeline"
     else:
         merged.save_pretrained(str(folder))

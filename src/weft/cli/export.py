@@ -60,5 +60,9 @@ def command(
     if spec is not None:
         from weft.run import models, text_to_image
 
-        spec = (text_to_image if facts["task"] == "text-to-image" else models).locate(spec)
+        if facts["task"] == "text-to-image":
+            text_to_image.library()  # which is silent from now on
+            spec = text_to_image.locate(spec)
+        else:
+            spec = models.locate(spec)
     print(export(adapter, out, to.value, rank=rank, compact=compact, model=spec))

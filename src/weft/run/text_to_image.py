@@ -48,6 +48,16 @@ def is_pipeline(spec: str) -> bool:
         return False
 
 
+def library() -> Any:
+    """diffusers, silent about what it loads and warns of, for the rest of the process."""
+    from weft.adapters import _diffusers
+
+    found = _diffusers.library()
+    found.utils.logging.set_verbosity_error()
+    found.utils.logging.disable_progress_bar()
+    return found
+
+
 def locate(spec: str) -> str:
     """What diffusers' `from_pretrained` takes for a pipeline given by the user. Raises UsageError for what is none."""
     path = Path(spec).expanduser()
@@ -87,10 +97,7 @@ def pipeline(spec: str) -> Pipeline:
     """Look at a pipeline's configs. Raises UsageError where it is none, or none of those that are served."""
     from transformers import AutoTokenizer
 
-    from weft.adapters._diffusers import library
-
     diffusers, path = library(), locate(spec)
-
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
         name = index.get("_class_name")
@@ -126,8 +133,6 @@ def _loaded(path: str, **parts: Any) -> Any:
     """The pipeline in float32, with these parts in place of its own. Raises WeftError for files that cannot be read."""
     import torch
 
-    from weft.adapters._diffusers import library
-
     for folder in sorted(Path(path).iterdir()) if Path(path).is_dir() else []:
         if folder.name not in parts:
             models.check_safetensors(folder)
@@ -141,8 +146,6 @@ def _loaded(path: str, **parts: Any) -> Any:
 @functools.cache
 def _denoiser() -> Any:
     """UNet2DConditionModel as Trainer and methods meet a model: with labels its output has a loss."""
-    from weft.adapters._diffusers import library
-
     kind = library().UNet2DConditionModel
 
     class Denoiser(kind):  # type: ignore[misc,valid-type]
@@ -209,7 +212,6 @@ def splits(rows: sources.Rows, known: Pipeline) -> Splits:
     import torch
     from numpy import ndarray
 
-    from weft.adapters._diffusers import library
     from weft.run.data import SplitReport, Splits
 
     device = models.device()
@@ -468,12 +470,12 @@ def load_pipeline(model: str | None, adapter: Path, *, bf16: bool = False) -> An
     spec = facts["base"] if facts["kind"] == "model" else model or facts["base"]
     if not spec:
         raise UsageError(f"adapter {str(adapter)!r} does not say which model it is for: give --model")
-    pipe = _loaded(pipeline(spec).path)
-    if facts["kind"] == "adapter":
+    pipe = _loaded(pipeline(spec).path).to(models.device(), torch.bfloat16 if bf16 else torch.float32)
+    if facts["kind"] == "adapter":  # whose own tensors stay as they are
         models.check_safetensors(adapter)
-        attach_saved(pipe.unet, adapter, spec).eval()  # its layers are the pipeline's now
+        attach_saved(pipe.unet, adapter, spec).to(models.device()).eval()
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(models.device(), torch.bfloat16 if bf16 else torch.float32)
+    return pipe
 
 
 def draw(pipe: Any, prompts: Sequence[str], how: Drawing, batch_size: int) -> Iterator[tuple[Image, int, bool]]:
