@@ -56,11 +56,11 @@ ERROR = Metric("loss", "Test error", "mean square", 1.0, 4, False)
 
 
 def metric_of(scores: Iterable[Row]) -> Metric:
-    """What a task measures, by the names of what was measured: of images that are drawn neither accuracy nor nats."""
+    """What a task measures, by the names of what was measured: images that are drawn are rows without accuracy."""
     known = {name for score in scores for name in score}
     if "accuracy" in known:
         return ACCURACY
-    return ERROR if "loss" in known and "perplexity" not in known else LOSS
+    return ERROR if "rows" in known else LOSS
 
 
 @dataclass
