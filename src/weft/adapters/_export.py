@@ -24,6 +24,14 @@ from torch import Tensor, nn
 from weft import builtin
 from weft.adapters._config import AdapterConfig
 from weft.adapters._delta import Delta, Experts, LowRankDelta, leaves
+from weft.adapters._diffusers import (
+    DENOISER,
+    is_denoiser,
+    load_denoiser,
+    to_lora_weights,
+    write_own_lora,
+    write_pipeline,
+)
 from weft.adapters._kinds import Conv, Embedding
 from weft.adapters._plugin import ParamWrapper, _Adapted
 from weft.algebra.svd import svd_top
@@ -52,7 +60,8 @@ def export(
     Args:
         adapter: a folder written by `save_pretrained`, or a live PeftModel.
         out: a folder that does not exist yet; it appears whole or not at all.
-        to: "lora" (read by PEFT and vLLM without weft), "merged" (a plain model) or "adapter" (weft's own form).
+        to: "lora" (read by PEFT and vLLM without weft), "merged" (a plain model) or "adapter" (weft's own form). On the
+            UNet of a diffusion pipeline a LoRA is what its `load_lora_weights` reads, and a merged model a pipeline.
         rank: keep only this rank; exact for methods trained for it, else the best approximation, its error reported.
         compact: for "lora", ranks and alphas per module instead of padding to the largest.
         model: the base model, where the adapter's own record of it does not lead there.
@@ -72,7 +81,10 @@ def export(
     live.eval()
     with whole_folder(out) as folder:
         if to == "lora":
-            report = _write_lora(live, folder, rank, compact)
+            own = write_own_lora(live, folder) if is_denoiser(live) and not (rank or compact) else None
+            report = own or _write_lora(live, folder, rank, compact)
+            if is_denoiser(live):
+                report = f"{to_lora_weights(folder)}: {report}"
         elif to == "merged":
             report = _write_merged(live, folder, rank)
         else:
@@ -101,6 +113,8 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
     named = (config.auto_mapping or {}).get("base_model_class") or ""  # where PEFT has no word for the task
     if config.task_type == "SEQ_CLS":
         base = AutoModelForSequenceClassification.from_pretrained(path, **_classes(folder), **kwargs)
+    elif named == DENOISER:
+        base = load_denoiser(path)
     elif named.endswith("ForImageClassification"):
         # a head for other classes is replaced, and then read from the adapter
         kwargs |= {"ignore_mismatched_sizes": True, "config": auto_config(path, **_classes(folder))}
@@ -311,10 +325,14 @@ def _write_merged(model: PeftModel, folder: Path, rank: int | None) -> str:
         merged: Any = model.unload()
     else:
         merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(str(folder))
+    source = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
+    if is_denoiser(model):
+        write_pipeline(merged, source, folder)
+        copied = " in its pipeline"
+    else:
+        merged.save_pretrained(str(folder))
+        copied = _copy_tokenizer(source, folder)
     rounding = max((layer.merge_error for layer in layers), default=0.0)
-    tokenizer = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
-    copied = _copy_tokenizer(tokenizer, folder)
     cut = f"; cutting to rank {rank} cost a relative error of {cost:.1e}" if rank is not None else ""
     return f"a plain model{copied}; largest relative rounding error of a merged weight: {rounding:.1e}{cut}"
 

@@ -28,8 +28,8 @@ def command(
     to: Annotated[
         Form,
         typer.Option(
-            help="lora: PEFT's and vLLM's own form; merged: a whole model; adapter: itself; dense: a compressed model "
-            "as a stock one."
+            help="lora: PEFT's and vLLM's own form, of a pipeline diffusers'; merged: a whole model; adapter: itself; "
+            "dense: a compressed model as a stock one."
         ),
     ],
     rank: Annotated[int | None, typer.Option(min=1, help="The LoRA's rank; by default the lowest exact one.")] = None,
@@ -58,7 +58,11 @@ def command(
 
     spec = model or facts["base"]
     if spec is not None:
-        from weft.run.models import locate
+        from weft.run import models, text_to_image
 
-        spec = locate(spec)
+        if facts["task"] == "text-to-image":
+            text_to_image.library()  # which is silent from now on
+            spec = text_to_image.locate(spec)
+        else:
+            spec = models.locate(spec)
     print(export(adapter, out, to.value, rank=rank, compact=compact, model=spec))

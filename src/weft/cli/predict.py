@@ -1,4 +1,4 @@
-"""Let an adapted model answer: continue prompts, or give each label's probability for text or images; JSON lines."""
+"""Let an adapted model answer: continue or draw prompts, or give each label's probability for text or images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from weft.errors import UsageError
 def command(
     adapter: Annotated[Path, typer.Option(help="Folder that weft adapt (or PEFT) saved.")],
     model: Annotated[str | None, typer.Option(help="Base model; by default the one it was trained on.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue or to classify; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue, to classify or to draw; may be repeated.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Data to answer: what weft adapt takes as --data, or images without labels.")
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of the data: train, validation or test.")] = "test",
     columns: Annotated[str | None, typer.Option(help="Where columns have other names: text=sentence.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File for the JSON lines; by default standard output.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File for the JSON lines, by default standard output; a new folder for images drawn."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Answer the first rows only; with --score, the first distinct prompts.")
     ] = None,
@@ -42,7 +47,14 @@ def command(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Draws the continuations.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of an image: 50 by default.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Weight of a prompt in its image, 1 for no guidance: 7.5 by default.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the continuations or the first image; the second has the next.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a text to classify at most.")] = 512,
     bf16: Annotated[bool, typer.Option("--bf16", help="Keep the model in bfloat16.")] = False,
@@ -51,8 +63,8 @@ def command(
 
     [bold]weft predict --adapter OUT --prompt "def add(" --prompt "class Stack"[/bold]
 
-    One JSON object a line: prompt and completion, or text or image, label and probabilities. With --score the last line
-    has the scores.
+    One JSON object a line: prompt and completion, or text or image, label and probabilities, or prompt, image and seed.
+    With --score the last line has the scores.
     """
     if bool(prompt) == bool(data):
         raise UsageError("give either --prompt or --data")
@@ -62,6 +74,17 @@ def command(
     if score:
         _check_score(data)
     facts = _predict.adapter_facts(adapter)
+    if facts["task"] == "text-to-image":
+        if score or output is None:
+            missing = "--output is missing: a new folder for the images"
+            raise UsageError(f"--score is for text, and {str(adapter)!r} draws images" if score else missing)
+        given = {"steps": steps, "guidance": guidance, "seed": seed}
+        prompts = prompt or _captions(_rows(str(data), split, columns), str(data))
+        _draw(model, adapter, prompts[:limit], given, batch_size, output, bf16)
+        return
+    if steps is not None or guidance is not None:
+        name = "steps" if steps is not None else "guidance"
+        raise UsageError(f"--{name} is for images that are drawn, and {str(adapter)!r} draws none")
     if score and facts["task"] != "causal-lm":
         raise UsageError(f"--score is for text, and {str(adapter)!r} classifies")
     rows = [{"text": text} for text in prompt or []]
@@ -91,6 +114,31 @@ def command(
             for (text, expected), answer in zip(asked, made, strict=True)
         )
     _write(answers, output)
+
+
+def _captions(rows: list[dict[str, Any]], data: str) -> list[str]:
+    missing = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), None)
+    if missing is not None:
+        raise UsageError(f"data {data!r}, row {missing}, has no text to draw; name its column with --columns text=...")
+    return [row["text"] for row in rows]
+
+
+def _draw(
+    model: str | None,
+    adapter: Path,
+    prompts: list[str],
+    given: dict[str, Any],
+    batch_size: int,
+    output: Path,
+    bf16: bool,
+) -> None:
+    from weft.run import text_to_image
+
+    how = text_to_image.Drawing(**{name: value for name, value in given.items() if value is not None})
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists already; name a new folder")
+    pipe = text_to_image.load_pipeline(model, adapter, bf16=bf16)
+    _write(text_to_image.write_images(pipe, prompts, how, batch_size, output), None)
 
 
 def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weft.run.sources import Rows
     from weft.run.train import Teach
 
-_TASKS = ("auto", "causal-lm", "classification", "image-classification", "few-shot")
+_TASKS = ("auto", "causal-lm", "classification", "image-classification", "few-shot", "text-to-image")
 RUN_FILE = "run.yaml"
 RESULT_FILE = "result.json"
 LABELS_FILE = "labels.json"
@@ -61,7 +61,9 @@ class AdaptOptions:
     )
     output: str | None = _option(None, "folder for the adapter, checkpoints, metrics and the run file")
     task: str = _option(
-        "auto", "causal-lm, classification, image-classification, few-shot (of images), or auto: by what the data holds"
+        "auto",
+        "causal-lm, classification, image-classification, few-shot (of images), text-to-image, or auto: by what the "
+        "data holds",
     )
     shots: int | None = _option(None, "training images a class, for few-shot; none takes 5")
     columns: dict[str, str] | None = _option(None, "where columns have other names: text=sentence,label=polarity")
@@ -276,11 +278,17 @@ def outline(run: Request, rows: Rows) -> Outline:
         spec = run.options.model or ""
         prepare = images.preparer(data.load_reader(spec, rows))
         kept = _kept_of_image(spec, skeleton, prepare(rows.train[0]["image"]).shape)
+    elif rows.kind == "captioned":
+        known = data.load_reader(run.options.model or "", rows)
+        kept = _kept_of_image(known.path, skeleton, known.latent, (), (known.tokens, known.states))
     return Outline(modules, trainable, total, functools.partial(_memory, run, skeleton, total, trainable, kept))
 
 
-def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int]) -> int:
-    """How many numbers a model keeps of one image for the backward pass; 0 where that needs more than shapes."""
+def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int], *others: Sequence[int]) -> int:
+    """How many numbers a model keeps of one image for the backward pass; 0 where that needs more than shapes.
+
+    Other inputs than the image, of which `shape` is, go by the shapes of `others`.
+    """
     import torch
 
     own = {each.untyped_storage()._cdata for each in (*skeleton.parameters(), *skeleton.buffers())}
@@ -294,7 +302,7 @@ def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int]) -> int:
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            skeleton.eval()(torch.empty(1, *shape, device="meta"))
+            skeleton.eval()(*(torch.empty(1, *each, device="meta") for each in (shape, *others)))
     except NotImplementedError:
         return 0
     except (ValueError, RuntimeError) as error:
@@ -424,7 +432,7 @@ def window_of(run: Request, rows: Rows, say: Callable[[str], None]) -> int:
     """max_length, or the model's own limit where that is smaller; images have no such length."""
     from weft.run.models import position_limit
 
-    limit = None if rows.kind == "image" else position_limit(run.options.model or "")
+    limit = None if rows.kind in ("image", "captioned") else position_limit(run.options.model or "")
     if limit is not None and limit < run.settings.max_length:
         say(f"max_length is {limit}, which is all that the model can see, not {run.settings.max_length}")
         return limit

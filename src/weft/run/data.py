@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from weft.run.images import Images
+    from weft.run.text_to_image import Noised
 
 IGNORED = -100  # the label of a token that carries no loss
 _BATCH = 1000  # rows tokenised at a time
@@ -46,9 +47,9 @@ class Splits:
     """Splits ready for a model; a row holds `input_ids`, or `pixel_values` where it is an image, `labels` (a list for
     language models, a number for classes) and `document`, the number of the text that it belongs to."""
 
-    train: Dataset | Images
-    validation: Dataset | Images
-    test: Dataset | Images
+    train: Dataset | Images | Noised
+    validation: Dataset | Images | Noised
+    test: Dataset | Images | Noised
     task: str
     report: dict[str, Any]
     labels: list[str] | None = None
@@ -61,7 +62,7 @@ class Splits:
             split = self.report[name]
             if not split["rows"]:
                 continue
-            if self.report["kind"] == "image":
+            if self.report["kind"] in ("image", "captioned"):
                 lines.append(f"{name}: {split['rows']:,} images")
                 continue
             line = f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens"
@@ -187,8 +188,10 @@ def _template_ids(tokenizer: Any, messages: list[dict[str, str]], **extra: Any) 
 
 def load_reader(spec: str, rows: sources.Rows) -> Any:
     """What makes of rows what the model takes: its tokenizer or, for images, its image processor."""
-    from weft.run import images, models
+    from weft.run import images, models, text_to_image
 
+    if rows.kind == "captioned":
+        return text_to_image.pipeline(spec)
     if rows.kind == "image":
         models.check_task(spec, rows.task)
         return images.load_processor(spec, images.size_of(rows.train))
@@ -220,6 +223,10 @@ def load_splits(
     rows = rows if rows is not None else sources.read(spec, task, seed=seed, **reading)
     if rows.kind == "image":
         return _image_splits(rows, tokenizer)
+    if rows.kind == "captioned":
+        from weft.run import text_to_image
+
+        return text_to_image.splits(rows, tokenizer)
     if rows.kind == "chat" and not tokenizer.chat_template:
         raise UsageError(
             f"data {spec!r} holds chat messages, but the model's tokenizer has no chat template; give prompt and "
@@ -294,10 +301,14 @@ def draw(
 def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
     """A batch padded on the right to its longest row: input_ids, attention_mask, labels, each (rows, longest).
 
-    Of images pixel_values, (rows, channels, height, width), and labels.
+    Of images pixel_values, (rows, channels, height, width), and labels; of captioned ones `text_to_image.collate`.
     """
     import torch
 
+    if "posterior" in rows[0]:
+        from weft.run import text_to_image
+
+        return text_to_image.collate(rows)
     if "pixel_values" in rows[0]:
         batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
         return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})

@@ -26,8 +26,9 @@ def evaluate(
     Returns:
         For a language model `loss` (nats a token over all tokens that carry loss), `perplexity`, `tokens` and
         `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
-        `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. Less is better in both, and a
-        document's two numbers add up over documents.
+        `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. For text-to-image `loss` (mean square
+        of the error), `rows` and `per_document`: [that of the row, 1]. Less is better in all, and a document's two
+        numbers add up over documents.
     """
     return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
 
@@ -40,7 +41,12 @@ def measure_rows(
     pad_token_id: int = 0,
     bf16: bool = False,
 ) -> list[tuple[int, int, float, int, int]]:
-    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1)."""
+    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1).
+
+    A split that says itself how a model is measured on it is asked.
+    """
+    if hasattr(dataset, "measure"):
+        return dataset.measure(model, batch_size, rows, bf16)
     batches = over_batches(measure_batch, [model], dataset, batch_size, rows, pad_token_id, bf16)
     return sorted(itertools.chain.from_iterable(batches))
 
@@ -110,6 +116,10 @@ def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> di
     """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
     if not measured:
         return {}
+    if task == "text-to-image":
+        from weft.run import text_to_image
+
+        return text_to_image.summary(measured)
     if task != "causal-lm":
         pairs = [(predicted, true) for _, _, _, predicted, true in measured]
         wrong = [int(predicted != true) for predicted, true in pairs]

@@ -41,21 +41,25 @@ def count_within(folder: Path) -> int:
     return sum(is_image(path) for path in folder.rglob("*"))
 
 
-def read_folder(folder: Path) -> dict[str, list[sources.Row]]:
+def read_folder(
+    folder: Path, read: Callable[[Path], list[sources.Row]] | None = None
+) -> dict[str, list[sources.Row]]:
     """The images below a folder by split: one folder a class, in train/, validation/ and test/ or without them.
 
-    A folder of images alone has no classes, and its rows no labels. Raises UsageError that names what is in the way:
-    an empty class, a file that is no image, images beside the folders of classes.
+    A folder of images alone has no classes, and its rows no labels. `read`, where given, reads a split's folder. Raises
+    UsageError that names what is in the way: an empty class, a file that is no image, images beside the folders of
+    classes.
     """
+    read = read or _labelled
     parts = _folders(folder)
     named = {part: sources.split_of(Path(part.name)) for part in parts}
     if not parts or None in named.values():
-        return {"train": _labelled(folder)}
+        return {"train": read(folder)}
     splits: dict[str, list[sources.Row]] = {}
     for part, split in named.items():
         if split in splits:
             raise UsageError(f"folder {str(folder)!r} has two folders for {split}: {part.name!r} is one of them")
-        splits[str(split)] = _labelled(part)
+        splits[str(split)] = read(part)
     if loose := [path for path in folder.iterdir() if is_image(path)]:
         raise UsageError(f"image {str(min(loose))!r} lies beside the folders of the splits: put it into one")
     return splits

@@ -13,6 +13,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,13 @@ class StepTrainer(Distilling, Trainer):
     optimizer: Any
     lr_scheduler: Any
     adalora: AdaLora | None = None
+    noised: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None  # what a step's rows come to
     _micro = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         torch.manual_seed(seed_of(self.args.seed, self.state.global_step, self._micro, self.args.process_index))
+        if self.noised is not None:
+            inputs = self.noised(inputs, self.args.seed, self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss = loss if self._micro == 0 else self.step_loss + loss
         self._micro += 1

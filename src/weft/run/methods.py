@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import registry
 from weft.errors import UsageError, WeftError, nearest
-from weft.run import backbones, models
+from weft.run import backbones, models, text_to_image
 from weft.run import options as _options
 
 if TYPE_CHECKING:
@@ -343,6 +343,8 @@ def config_for(method: Method, model: nn.Module) -> Any:
         config.exclude_modules = sorted({*(excluded or ()), *factors})
     if models.task_of_class(type(model).__name__) == "image-classification":
         backbones.settle(method, config, model)
+    elif models.task_of_class(type(model).__name__) == "text-to-image":
+        text_to_image.settle(config)
     return config
 
 
@@ -548,7 +550,7 @@ def _head(model: Any) -> nn.Module:
     for name in ("score", "classifier"):
         if hasattr(model, name):
             return getattr(model, name)
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise UsageError(f"{type(model).__name__} has no output head, so method 'head' cannot train it")
     return head

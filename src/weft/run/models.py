@@ -33,7 +33,7 @@ _DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "layer_types": (
 class Base:
     """A base model before anything is attached; `model` is on the meta device if it was asked for without weights.
 
-    `tokenizer` is the image processor where the task is about images.
+    `tokenizer` is the image processor where the task is about images, and the `Pipeline` of text-to-image.
     """
 
     model: Any  # a transformers model, and in time what PEFT makes of it
@@ -146,6 +146,10 @@ def load_base(
     import torch
     import transformers
 
+    if task == "text-to-image":
+        from weft.run import text_to_image
+
+        return text_to_image.load_base(spec, dtype or torch.float32, tokenizer, weights=weights)
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
     path = locate(spec)
@@ -354,9 +358,11 @@ def task_of(config: Any) -> str:
 
 
 def task_of_class(name: str) -> str:
-    """What a class of transformers is for, by its name."""
+    """What a class of transformers, or of diffusers, is for, by its name."""
     if name.endswith("ForImageClassification"):
         return "image-classification"
+    if name == "UNet2DConditionModel":
+        return "text-to-image"
     return "classification" if name.endswith("ForSequenceClassification") else "causal-lm"
 
 
@@ -372,7 +378,14 @@ def classifier_name(model: Any) -> str:
 
 def classes_of(spec: str) -> list[str]:
     """The names of the classes that an image classifier tells apart, in its order; none for any other model."""
-    config = load_config(spec)
+    try:
+        config = load_config(spec)
+    except UsageError:
+        from weft.run import text_to_image
+
+        if text_to_image.is_pipeline(spec):  # which has a config for each of its parts
+            return []
+        raise
     known = task_of(config) == "image-classification"
     return [str(name) for _, name in sorted(config.id2label.items())] if known else []
 

@@ -13,6 +13,7 @@ from weft.errors import UsageError, WeftError
 from weft.run import sources
 from weft.run.adapt import LABELS_FILE, RUN_FILE
 from weft.run.models import Base, task_of_class
+from weft.run.text_to_image import INDEX
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,8 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
         named = (config.get("auto_mapping") or {}).get("base_model_class") or ""
         task = "classification" if config.get("task_type") == "SEQ_CLS" else task_of_class(named)
         return {"kind": "adapter", "base": base, "task": task, "labels": labels}
+    if (adapter / INDEX).exists():
+        return {"kind": "model", "base": str(adapter), "task": "text-to-image", "labels": None}
     if (adapter / "config.json").exists():
         config = _read_json(adapter / "config.json")
         timm = "pretrained_cfg" in config  # whose configs are timm's own

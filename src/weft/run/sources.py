@@ -46,7 +46,8 @@ class Rows:
     @property
     def task(self) -> str:
         """The task that the columns speak of."""
-        return {"classification": "classification", "image": "image-classification"}.get(self.kind, "causal-lm")
+        tasks = {"classification": "classification", "image": "image-classification", "captioned": "text-to-image"}
+        return tasks.get(self.kind, "causal-lm")
 
 
 def read(
@@ -68,8 +69,8 @@ def read(
         spec: a file (.txt .jsonl .json .csv .tsv .parquet, each also .gz), a folder of them, a data set on the hub
             ("name" or "name:configuration"), or "builtin:stdlib", "builtin:pydocs"; images as `run.images` reads them,
             or "builtin:digits", "builtin:digits-shifted".
-        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), or "auto": by what the rows
-            hold, classification where there is a `label` column.
+        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), "text-to-image", or "auto": by
+            what the rows hold, classification where there is a `label` column.
         columns: our name → the source's name, for sources that call their columns otherwise.
         validation, test: further sources that hold these splits.
         validation_fraction, test_fraction: what is held out of train where a split is missing; 0 for none.
@@ -173,8 +174,10 @@ def _builtin_images(name: str, split: str) -> list[Row]:
 
 
 def _folder_rows(folder: Path, task: str) -> dict[str, list[Row]]:
-    from weft.run import images
+    from weft.run import captions, images
 
+    if task in ("auto", "text-to-image") and captions.holds_captions(folder):
+        return captions.read_folder(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
     looks = not files or task == "auto"
     if task == "image-classification" or (looks and images.count_within(folder) > len(files)):
@@ -327,7 +330,17 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
 
 
 def _kind(spec: str, row: Row, task: str) -> str:
-    """What a row is: chat, completion, classification, text or image."""
+    """What a row is: chat, completion, classification, text, image or captioned (an image with text)."""
+    captioned = _is_image(row.get("image")) and "text" in row and "label" not in row
+    if task == "text-to-image" or (task == "auto" and captioned):
+        for column in ("image", "text"):
+            if column not in row:
+                raise UsageError(
+                    f"data {spec!r} has no {column} to learn from: it has {', '.join(map(str, row))}; put each image's "
+                    "caption into a .txt of its name or into metadata.jsonl, or name columns with "
+                    "--columns image=...,text=..."
+                )
+        return "captioned"
     if task == "image-classification" or (task == "auto" and "image" in row and "text" not in row):
         for column, remedy in (("image", "--task says what else it is for"), ("label", "give each class a folder")):
             if column not in row:
@@ -369,6 +382,7 @@ def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
         "completion": ("prompt", "completion"),
         "classification": ("text1", "text2", "label") if "text1" in row else ("text", "label"),
         "image": ("image", "label"),
+        "captioned": ("image", "text"),
     }[kind]
     kept = {}
     for column in wanted:
@@ -377,15 +391,20 @@ def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
             if value is None or isinstance(value, (dict, list)):
                 raise UsageError(f"data {spec!r}, {where}: label must be a word or a number, not {value!r}")
         elif column == "image":
-            stored = isinstance(value, dict) and value.get("bytes")
-            if not (stored or isinstance(value, Path) or hasattr(value, "shape")):
+            if not _is_image(value):
                 raise UsageError(f"data {spec!r}, {where}: image must hold the bytes of one, not {value!r:.60}")
         elif not isinstance(value, str):
             raise UsageError(f"data {spec!r}, {where}: {column} must be text, not {value!r}")
         kept[column] = value
-    if kind != "image" and not any(kept[column].strip() for column in wanted if column != "label"):
+    if "image" not in wanted and not any(kept[column].strip() for column in wanted if column != "label"):
         return None
     return kept
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a value is a file, an array, or the bytes of an image."""
+    stored = isinstance(value, dict) and value.get("bytes")
+    return bool(stored) or isinstance(value, Path) or hasattr(value, "shape")
 
 
 def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:

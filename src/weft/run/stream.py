@@ -175,6 +175,8 @@ def request(given: dict[str, Any], path: str) -> Stream:
             rows = adapt.read_rows(run.options)
         except UsageError as error:
             raise UsageError(f"task {name!r}: {error}") from error
+        if rows.kind == "captioned":
+            raise UsageError(f"task {name!r} is text-to-image, and the tasks of a stream are text or classification")
         if not rows.test and not rows.validation:
             raise UsageError(f"task {name!r} has neither a test nor a validation split to be scored on")
         if tasks and rows.task != tasks[0].rows.task:

@@ -98,6 +98,8 @@ class _Batches:
         for start in range(0, self.count, self.batch_size):
             rows = [self.rows[row] for row in order[start : min(start + self.batch_size, self.count)]]
             batch = collate(rows, self.pad_token_id)
+            if hasattr(self.rows, "noised"):
+                batch = self.rows.noised(batch, self.seed, 0)
             yield {name: value.to(self.device) for name, value in batch.items()}
 
 
@@ -170,7 +172,7 @@ def train(
     curve: list[dict[str, Any]] = []
     steps, optimizer_bytes, validation = 0, 0, {}
     if trainable:
-        unit = "images" if splits.task == "image-classification" else "tokens"
+        unit = "tokens" if "input_ids" in splits.train.column_names else "images"
         bar = Progress(unit) if progress and args.process_index == 0 else None
         watch = Watch(splits, settings, output, bar, facts)
         if output is not None and args.process_index == 0:
@@ -217,7 +219,7 @@ def _run(
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
     if splits.task != "causal-lm":
-        extra["compute_loss_func"] = class_loss
+        extra["compute_loss_func"] = getattr(splits.train, "loss", class_loss)
     if method.optimizer is not None:
         if not method.optimizer[0].startswith("hf:"):
             batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
@@ -230,6 +232,7 @@ def _run(
         model=model, args=args, train_dataset=splits.train, data_collator=collator, callbacks=[watch], **extra
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.noised = getattr(splits.train, "noised", None)
     trainer.objective = teach(model) if teach is not None else None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UsageError("weft adapt runs several processes by DDP: launch it without FSDP and DeepSpeed")
@@ -314,9 +317,13 @@ def save_result(model: Any, tokenizer: Any, output: Path) -> None:
     partial = output / ".result.partial"
     try:
         _remake(partial)
-        model.save_pretrained(str(partial))
-        if not hasattr(model, "peft_config") or "pixel_values" in tokenizer.model_input_names:
-            tokenizer.save_pretrained(str(partial))
+        whole = not hasattr(model, "peft_config")
+        if whole and hasattr(tokenizer, "save_whole"):  # a pipeline, of which the model is a part
+            tokenizer.save_whole(model, partial)
+        else:
+            model.save_pretrained(str(partial))
+            if whole or "pixel_values" in tokenizer.model_input_names:
+                tokenizer.save_pretrained(str(partial))
         checkpoints.install(partial, output)
     except Exception as error:
         checkpoints.remove(partial)
