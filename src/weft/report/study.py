@@ -26,7 +26,7 @@ class Metric:
     """What the test split measures.
 
     Attributes:
-        key: of the `test` and `validation` entries, "loss" or "accuracy".
+        key: of the `test` and `validation` entries, "loss", "accuracy" or "dice".
         name: as a heading writes it.
         unit, factor, digits: how a value is written: value · factor, with so many decimals.
         higher_is_better: the direction.
@@ -52,6 +52,13 @@ class Metric:
 
 LOSS = Metric("loss", "Test loss", "nats per token", 1.0, 3, False)
 ACCURACY = Metric("accuracy", "Test accuracy", "%", 100.0, 1, True)
+DICE = Metric("dice", "Test Dice", "%", 100.0, 1, True)
+
+
+def headline(found: Iterable[Row]) -> Metric:
+    """What is shown of metrics: Dice where they have it, accuracy where they have that, else the loss."""
+    keys = set().union(*found)
+    return next((metric for metric in (DICE, ACCURACY) if metric.key in keys), LOSS)
 
 
 @dataclass
@@ -280,7 +287,7 @@ def _digest(head: Row, runs: list[Row], notes: list[str]) -> Study:
     notes = [*map(str, plan.get("notes") or []), *notes]
     planned = {entry.get("method"): entry for entry in plan.get("entries") or []}
     sound = [row for row in runs if _ok(row)]
-    metric = ACCURACY if any("accuracy" in (row.get("test") or row.get("validation") or {}) for row in sound) else LOSS
+    metric = headline(row.get("test") or row.get("validation") or {} for row in sound)
     seeds = head.get("seeds") or []
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     names = [each if isinstance(each, str) else str(each.get("name")) for each in head.get("methods") or []]

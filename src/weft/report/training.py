@@ -15,7 +15,7 @@ from weft.errors import UsageError
 from weft.report import quantities
 from weft.report.page import curve
 from weft.report.quantities import NOTHING, finite
-from weft.report.study import ACCURACY, LOSS, Row
+from weft.report.study import Row, headline
 from weft.report.template import page, plain, short, write
 from weft.run.adapt import RESULT_FILE, RUN_FILE
 from weft.run.compare import commit, hardware, versions
@@ -41,7 +41,6 @@ def html(folder: Path, out: Path, command: str) -> None:
         raise UsageError(f"{str(folder)!r} holds no run: {RUN_FILE} cannot be read") from error
     result = _json(folder / RESULT_FILE)
     rows = _rows(folder / METRICS)
-    accuracy = any("eval_accuracy" in row for row in rows)
     unit = _unit(rows)
     text = page(
         "training.html.j2",
@@ -50,7 +49,7 @@ def html(folder: Path, out: Path, command: str) -> None:
         unit=unit,
         verb="pretrain" if from_scratch(str(run["model"])) else "adapt",
         title=f"{_method(run)} on {short(run['data'])}",
-        verdict=_verdict(run, result, rows, accuracy),
+        verdict=_verdict(run, result, rows),
         facts=_facts(run, result, rows),
         data_report=result.get("data", {}).get("notes", []),
         command=command,
@@ -78,9 +77,9 @@ def _method(run: Row) -> str:
     return f"{run['method']}@{run['optimizer']}" if run.get("optimizer") else str(run["method"])
 
 
-def _verdict(run: Row, result: Row, rows: list[Row], accuracy: bool) -> str:
+def _verdict(run: Row, result: Row, rows: list[Row]) -> str:
     """What came out, in one sentence."""
-    metric = ACCURACY if accuracy else LOSS
+    metric = headline([{name.removeprefix("eval_"): value for name, value in row.items()} for row in rows])
     steps = result.get("steps") or max((row["step"] for row in rows), default=0)
     scores = {"validation": result.get("validation") or {}, "test": result.get("test") or {}}
     shown = []

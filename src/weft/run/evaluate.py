@@ -1,4 +1,4 @@
-"""How well a model does on tokenised rows: nats a token and perplexity, or accuracy; each document's share kept."""
+"""How well a model does on rows: nats a token and perplexity, accuracy, or Dice; each document's share kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from weft.run import segmentation
 from weft.run.data import IGNORED, collate
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def evaluate(
         For a language model `loss` (nats a token over all tokens that carry loss), `perplexity`, `tokens` and
         `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
         `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. Less is better in both, and a
-        document's two numbers add up over documents.
+        document's two numbers add up over documents. For segmentation what `segmentation.summarise` says.
     """
     return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
 
@@ -40,7 +41,7 @@ def measure_rows(
     pad_token_id: int = 0,
     bf16: bool = False,
 ) -> list[tuple[int, int, float, int, int]]:
-    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1)."""
+    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1), or of a mask."""
     batches = over_batches(measure_batch, [model], dataset, batch_size, rows, pad_token_id, bf16)
     return sorted(itertools.chain.from_iterable(batches))
 
@@ -96,6 +97,8 @@ def measure_batch(
     """The entries of `measure_rows` for one batch."""
     from torch.nn.functional import cross_entropy
 
+    if labels.dim() == 3:
+        return segmentation.measure(rows, documents, labels, logits)
     if labels.dim() == 1:  # classes: logits (rows, classes), labels (rows,)
         nats = cross_entropy(logits.float(), labels, reduction="none").tolist()
         predicted = logits.argmax(-1).tolist()
@@ -110,6 +113,8 @@ def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> di
     """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
     if not measured:
         return {}
+    if task == "segmentation":
+        return segmentation.summarise(measured)
     if task != "causal-lm":
         pairs = [(predicted, true) for _, _, _, predicted, true in measured]
         wrong = [int(predicted != true) for predicted, true in pairs]

@@ -35,8 +35,9 @@ from weft.run.loop import (
 )
 from weft.run.measure import state_bytes
 from weft.run.methods import Method
-from weft.run.models import Base
+from weft.run.models import IMAGE_TASKS, Base
 from weft.run.progress import Progress
+from weft.run.segmentation import pixel_loss
 from weft.run.settings import TrainSettings, training_arguments
 from weft.steps import controllers
 
@@ -170,7 +171,7 @@ def train(
     curve: list[dict[str, Any]] = []
     steps, optimizer_bytes, validation = 0, 0, {}
     if trainable:
-        unit = "images" if splits.task == "image-classification" else "tokens"
+        unit = "images" if splits.task in IMAGE_TASKS else "tokens"
         bar = Progress(unit) if progress and args.process_index == 0 else None
         watch = Watch(splits, settings, output, bar, facts)
         if output is not None and args.process_index == 0:
@@ -217,7 +218,7 @@ def _run(
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
     if splits.task != "causal-lm":
-        extra["compute_loss_func"] = class_loss
+        extra["compute_loss_func"] = pixel_loss if splits.task == "segmentation" else class_loss
     if method.optimizer is not None:
         if not method.optimizer[0].startswith("hf:"):
             batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
@@ -226,6 +227,8 @@ def _run(
         import weft
 
         extra["optimizers"] = weft.optimizer_and_scheduler(model, args, total_steps(splits, args))
+    if splits.task == "segmentation":
+        args.ddp_find_unused_parameters = True  # BEiT and DPT have layers that nothing is asked of
     trainer = StepTrainer(
         model=model, args=args, train_dataset=splits.train, data_collator=collator, callbacks=[watch], **extra
     )
