@@ -96,6 +96,10 @@ def test_arrays_and_tables_hold_masks(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "d.parquet")
     rows = sources.read(str(tmp_path / "d.parquet"), columns={"mask": "annotation"}, validation_fraction=0)
     assert rows.task == "segmentation" and (segmentation.class_numbers(rows.train[2]) == y[2]).all()
+    made[1]["image"]["bytes"] = b"no picture"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), tmp_path / "d.parquet")
+    with pytest.raises(UsageError, match="train row 2: the image cannot be read"):
+        sources.read(str(tmp_path / "d.parquet"), columns={"mask": "annotation"}, validation_fraction=0)
 
 
 def test_the_models_names_are_taken_where_it_has_as_many_classes(folder):

@@ -157,7 +157,7 @@ def settle_levels(rows: Sequence[sources.Row], seen: Iterable[set[int]]) -> dict
 
 def look(row: sources.Row, where: str) -> set[int]:
     """The levels of a row's mask; its `size` is put into the row."""
-    mask, size = _levels(row["mask"], where), _size(row["image"])
+    mask, size = _levels(row["mask"], where), _size(row["image"], where)
     if mask.shape != size:
         sizes = [" x ".join(map(str, each)) for each in (mask.shape, size)]
         raise UsageError(f"{_called(row['mask'], where)} is {sizes[0]}, and its image is {sizes[1]}")
@@ -190,13 +190,17 @@ def _levels(mask: Any, where: str = "") -> np.ndarray:
     return found.astype(np.uint8)
 
 
-def _size(image: Any) -> tuple[int, ...]:
+def _size(image: Any, where: str = "") -> tuple[int, ...]:
     """Height and width of a row's image, upright, from the beginning of its file."""
     if not isinstance(image, Path | dict):
         return image.shape[:2]
-    with images._pillow().open(image if isinstance(image, Path) else io.BytesIO(image["bytes"])) as file:
-        width, height = file.size
-        return (width, height) if file.getexif().get(0x0112, 1) > 4 else (height, width)
+    try:
+        with images._pillow().open(image if isinstance(image, Path) else io.BytesIO(image["bytes"])) as file:
+            width, height = file.size
+            return (width, height) if file.getexif().get(0x0112, 1) > 4 else (height, width)
+    except Exception as error:  # every format's reader raises its own
+        called = f"image {str(image)!r}" if isinstance(image, Path) else f"{where}: the image"
+        raise UsageError(f"{called} cannot be read: {images._reason(error)}") from error
 
 
 def class_numbers(row: sources.Row) -> np.ndarray:
