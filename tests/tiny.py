@@ -168,3 +168,51 @@ def save_resnet(folder: Path) -> Path:
     model(torch.randn(8, 3, 16, 16) + 1)
     model.save_pretrained(folder)
     return folder
+
+
+def save_masks(folder: Path, count: int = 6, splits: tuple[str, ...] = ("",), size: int = 12, level: int = 255) -> Path:
+    """Images with a bright square on dark noise, and masks that are `level` there and 0 elsewhere, of each split."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for split in splits:
+        for place in range(count):
+            image = draw.integers(0, 100, (size, size), dtype=np.uint8)
+            mask = np.zeros((size, size), np.uint8)
+            top, left = draw.integers(0, size // 2, 2)
+            mask[top : top + size // 2, left : left + size // 2] = level
+            image[mask > 0] += 130
+            for part, pixels in (("images", image), ("masks", mask)):
+                path = folder / split / part / f"{place:03}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return folder
+
+
+def save_unet(folder: Path, classes: int = 2) -> Path:
+    """A U-Net of two levels for grey images."""
+    import torch
+
+    from weft.unet import UNetConfig, UNetForSemanticSegmentation
+
+    torch.manual_seed(0)
+    config = UNetConfig(
+        in_channels=1, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, num_labels=classes
+    )
+    UNetForSemanticSegmentation(config).save_pretrained(folder)
+    return folder
+
+
+def save_segformer(folder: Path, classes: int = 3) -> Path:
+    """A SegFormer of two stages, saved without an image processor."""
+    import torch
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3], strides=[2, 2],
+        num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8, num_labels=classes,
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(folder)
+    return folder

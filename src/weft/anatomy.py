@@ -11,7 +11,9 @@ def auto_config(path: str, **fields: Any) -> Any:
     """The config of a model, as transformers' AutoConfig reads it, ready to make one of."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, **fields)
+    from weft import unet
+
+    config: Any = unet.config_of(path, **fields) or AutoConfig.from_pretrained(path, **fields)
     if config.model_type == "timm_wrapper":
         # timm writes all that it was called with; transformers calls it with that and its own number of classes
         (config.model_args or {}).pop("num_classes", None)

@@ -99,7 +99,12 @@ def export(
 
 def load(adapter: str | Path, model: str | None = None) -> PeftModel:
     """The adapter on its base model, in float32 unless the model's config says otherwise."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSemanticSegmentation,
+        AutoModelForSequenceClassification,
+    )
 
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists():
@@ -115,10 +120,14 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         base = AutoModelForSequenceClassification.from_pretrained(path, **_classes(folder), **kwargs)
     elif named == DENOISER:
         base = load_denoiser(path)
-    elif named.endswith("ForImageClassification"):
+    elif named.endswith(("ForImageClassification", "ForSemanticSegmentation")):
         # a head for other classes is replaced, and then read from the adapter
         kwargs |= {"ignore_mismatched_sizes": True, "config": auto_config(path, **_classes(folder))}
-        base = AutoModelForImageClassification.from_pretrained(path, **kwargs)
+        if named.endswith("ForImageClassification"):
+            base = AutoModelForImageClassification.from_pretrained(path, **kwargs)
+        else:
+            kwargs["config"].use_auxiliary_head = False  # as it was adapted
+            base = AutoModelForSemanticSegmentation.from_pretrained(path, **kwargs)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     return PeftModel.from_pretrained(base, str(folder))

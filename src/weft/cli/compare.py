@@ -409,7 +409,7 @@ def _score(row: Row) -> str:
     if row["phase"] == "measure":
         return f": {row['step_seconds']:.3g} s a step" if row["step_seconds"] else ""
     metrics = row["test"] or row["validation"] or {}
-    name = "accuracy" if "accuracy" in metrics else "loss"
+    name = next((each for each in ("dice", "accuracy") if each in metrics), "loss")
     shown = f": {'test' if row['test'] else 'validation'} {name} {metrics[name]:.4g}" if name in metrics else ""
     if row.get("generation"):
         shown += ", BLEU {bleu:.1f}, ROUGE-L {rouge_l:.1f}".format_map(row["generation"])

@@ -1,4 +1,4 @@
-"""Let an adapted model answer: continue or draw prompts, or give each label's probability for text or images."""
+"""Let an adapted model answer: continue or draw prompts, tell labels of text or images, segment images; JSON lines."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(help="File for the JSON lines, by default standard output; a new folder for images drawn."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder for a PNG mask of each image, whose levels are class numbers: of models of segmentation."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Answer the first rows only; with --score, the first distinct prompts.")
@@ -63,12 +69,14 @@ def command(
 
     [bold]weft predict --adapter OUT --prompt "def add(" --prompt "class Stack"[/bold]
 
-    One JSON object a line: prompt and completion, or text or image, label and probabilities, or prompt, image and seed.
-    With --score the last line has the scores.
+    One JSON object a line: prompt and completion, or text or image, label and probabilities, or prompt, image and seed;
+    of segmentation the share of each class in the image, and its Dice where the data has masks. With --score the last
+    line has the scores.
     """
     if bool(prompt) == bool(data):
         raise UsageError("give either --prompt or --data")
     from weft.run import predict as _predict
+    from weft.run.models import IMAGE_TASKS
 
     sampling = _predict.Sampling(64 if max_new_tokens is None else max_new_tokens, temperature, top_p, seed)
     if score:
@@ -90,7 +98,9 @@ def command(
     rows = [{"text": text} for text in prompt or []]
     if data:
         rows = _rows(data, split, columns)
-    of_images = facts["task"] == "image-classification"
+    of_images, segments = facts["task"] in IMAGE_TASKS, facts["task"] == "segmentation"
+    if masks is not None and not segments:
+        raise UsageError(f"--masks is for models of segmentation, and {str(adapter)!r} is one of {facts['task']}")
     if prompt and of_images:
         raise UsageError(f"--prompt is for text, and {str(adapter)!r} classifies images: give --data")
     if rows and of_images != ("image" in rows[0]):
@@ -102,6 +112,9 @@ def command(
         _write(_scored(base, rows, limit, sampling, batch_size, derive=max_new_tokens is None), output)
         return
     rows = rows[:limit]
+    if segments:
+        _segment(adapter, model, rows, facts["labels"], masks, output, bf16=bf16, batch_size=batch_size)
+        return
     base = _predict.load_adapted(model, adapter, bf16=bf16)
     if facts["task"] != "causal-lm":
         answers = _labelled(_predict.classify(base, rows, max_length, batch_size), rows)
@@ -139,6 +152,30 @@ def _draw(
         raise UsageError(f"{output} exists already; name a new folder")
     pipe = text_to_image.load_pipeline(model, adapter, bf16=bf16)
     _write(text_to_image.write_images(pipe, prompts, how, batch_size, output), None)
+
+
+def _segment(
+    adapter: Path,
+    model: str | None,
+    rows: list[dict[str, Any]],
+    classes: list[str] | None,
+    masks: Path | None,
+    output: Path | None,
+    *,
+    bf16: bool,
+    batch_size: int,
+) -> None:
+    from contextlib import nullcontext
+
+    from weft.linear._transformers import whole_folder
+    from weft.run import segmentation
+    from weft.run.predict import load_adapted
+
+    segmentation.check(rows, classes)
+    with nullcontext() if masks is None else whole_folder(masks) as folder:
+        _write(segmentation.predict(load_adapted(model, adapter, bf16=bf16), rows, folder, batch_size), output)
+    if masks is not None:
+        print(f"masks: {masks}", file=sys.stderr)
 
 
 def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ class Metric:
     """What the test split measures.
 
     Attributes:
-        key: of the `test` and `validation` entries, "loss" or "accuracy".
+        key: of the `test` and `validation` entries, "loss", "accuracy" or "dice".
         name: as a heading writes it.
         unit, factor, digits: how a value is written: value · factor, with so many decimals.
         higher_is_better: the direction.
@@ -52,15 +52,15 @@ class Metric:
 
 LOSS = Metric("loss", "Test loss", "nats per token", 1.0, 3, False)
 ACCURACY = Metric("accuracy", "Test accuracy", "%", 100.0, 1, True)
+DICE = Metric("dice", "Test Dice", "%", 100.0, 1, True)
 ERROR = Metric("loss", "Test error", "mean square", 1.0, 4, False)
 
 
-def metric_of(scores: Iterable[Row]) -> Metric:
-    """What a task measures, by the names of what was measured: images that are drawn are rows without accuracy."""
-    known = {name for score in scores for name in score}
-    if "accuracy" in known:
-        return ACCURACY
-    return ERROR if "rows" in known else LOSS
+def headline(found: Iterable[Row]) -> Metric:
+    """What is shown of metrics: Dice or accuracy where they have it, else the loss, of images drawn or of tokens."""
+    keys = set().union(*found)
+    loss = ERROR if "rows" in keys else LOSS
+    return next((metric for metric in (DICE, ACCURACY) if metric.key in keys), loss)
 
 
 @dataclass
@@ -289,7 +289,7 @@ def _digest(head: Row, runs: list[Row], notes: list[str]) -> Study:
     notes = [*map(str, plan.get("notes") or []), *notes]
     planned = {entry.get("method"): entry for entry in plan.get("entries") or []}
     sound = [row for row in runs if _ok(row)]
-    metric = metric_of(row.get("test") or row.get("validation") or {} for row in sound)
+    metric = headline(row.get("test") or row.get("validation") or {} for row in sound)
     seeds = head.get("seeds") or []
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     names = [each if isinstance(each, str) else str(each.get("name")) for each in head.get("methods") or []]

@@ -15,7 +15,7 @@ from weft.errors import UsageError
 from weft.report import quantities
 from weft.report.page import curve
 from weft.report.quantities import NOTHING, finite
-from weft.report.study import Row, metric_of
+from weft.report.study import Row, headline
 from weft.report.template import page, plain, short, write
 from weft.run.adapt import RESULT_FILE, RUN_FILE
 from weft.run.compare import commit, hardware, versions
@@ -79,7 +79,7 @@ def _method(run: Row) -> str:
 
 def _verdict(run: Row, result: Row, rows: list[Row]) -> str:
     """What came out, in one sentence."""
-    metric = metric_of({key.removeprefix("eval_"): row[key] for key in row if key.startswith("eval_")} for row in rows)
+    metric = headline([{name.removeprefix("eval_"): value for name, value in row.items()} for row in rows])
     steps = result.get("steps") or max((row["step"] for row in rows), default=0)
     scores = {"validation": result.get("validation") or {}, "test": result.get("test") or {}}
     shown = []

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from weft.run.sources import Rows
     from weft.run.train import Teach
 
-_TASKS = ("auto", "causal-lm", "classification", "image-classification", "few-shot", "text-to-image")
+_TASKS = (
+    "auto", "causal-lm", "classification", "image-classification", "few-shot", "segmentation", "text-to-image",
+)  # fmt: skip
 RUN_FILE = "run.yaml"
 RESULT_FILE = "result.json"
 LABELS_FILE = "labels.json"
@@ -49,7 +51,7 @@ class AdaptOptions:
     data: str | None = _option(
         None,
         "a .txt .jsonl .csv .tsv .parquet file (also .gz), a folder, a hub data set, or builtin:stdlib|pydocs; for "
-        "images a folder of them, a .npz file, or builtin:digits|digits-shifted",
+        "images a folder of them, a .npz file, or builtin:digits|digits-shifted; for segmentation images/ and masks/",
     )
     method: str | None = _option(
         None, "a method of `weft methods`, PEFT's own as peft:lora, or base, head, full; auto: what measured best"
@@ -62,8 +64,8 @@ class AdaptOptions:
     output: str | None = _option(None, "folder for the adapter, checkpoints, metrics and the run file")
     task: str = _option(
         "auto",
-        "causal-lm, classification, image-classification, few-shot (of images), text-to-image, or auto: by what the "
-        "data holds",
+        "causal-lm, classification, image-classification, few-shot (of images), segmentation, text-to-image, or auto: "
+        "by what the data holds",
     )
     shots: int | None = _option(None, "training images a class, for few-shot; none takes 5")
     columns: dict[str, str] | None = _option(None, "where columns have other names: text=sentence,label=polarity")
@@ -262,7 +264,7 @@ def outline(run: Request, rows: Rows) -> Outline:
     Raises UsageError where the method does not fit the model: no target, a rank above a matrix's side, a wrong task;
     and where the model does not take such images.
     """
-    from weft.run import data, images, methods, models
+    from weft.run import data, images, methods, models, sources
 
     skeleton = models.load_base(
         run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
@@ -274,13 +276,15 @@ def outline(run: Request, rows: Rows) -> Outline:
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     kept = None
-    if rows.kind == "image":
-        spec = run.options.model or ""
-        prepare = images.preparer(data.load_reader(spec, rows))
-        kept = _kept_of_image(spec, skeleton, prepare(rows.train[0]["image"]).shape)
-    elif rows.kind == "captioned":
+    if rows.kind == "captioned":
         known = data.load_reader(run.options.model or "", rows)
         kept = _kept_of_image(known.path, skeleton, known.latent, (), (known.tokens, known.states))
+    elif rows.kind in sources.OF_IMAGES:
+        spec = run.options.model or ""
+        shape = images.preparer(data.load_reader(spec, rows))(rows.train[0]["image"]).shape
+        kept = _kept_of_image(spec, skeleton, shape)
+        if rows.kind == "mask":  # scores at the mask's size, and their softmax
+            kept += 2 * len(rows.labels or ()) * shape[1] * shape[2]
     return Outline(modules, trainable, total, functools.partial(_memory, run, skeleton, total, trainable, kept))
 
 
@@ -431,8 +435,9 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
 def window_of(run: Request, rows: Rows, say: Callable[[str], None]) -> int:
     """max_length, or the model's own limit where that is smaller; images have no such length."""
     from weft.run.models import position_limit
+    from weft.run.sources import OF_IMAGES
 
-    limit = None if rows.kind in ("image", "captioned") else position_limit(run.options.model or "")
+    limit = None if rows.kind in OF_IMAGES else position_limit(run.options.model or "")
     if limit is not None and limit < run.settings.max_length:
         say(f"max_length is {limit}, which is all that the model can see, not {run.settings.max_length}")
         return limit

@@ -1,4 +1,4 @@
-"""Of an image classifier: what an adapter goes on, what is trained beside it, and what stays as it is."""
+"""Of a model of images: what an adapter goes on, what is trained beside it, and what stays as it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PEFT_CONVOLUTIONS = ("boft", "dora", "hra", "ia3", "loha", "lokr", "lora", "oft
 
 
 def settle(method: Method, config: Any, model: Any) -> None:
-    """Let the config train the classifier beside the adapter and, where it names no targets, adapt the backbone.
+    """Let the config train the model's head beside the adapter and, where it names no targets, adapt the backbone.
 
     That is every linear layer and, where the method serves them, every convolution but those that read the pixels (as
     an embedding reads tokens) and those in several groups, whose matrices have next to no rank to spare.
@@ -26,17 +26,17 @@ def settle(method: Method, config: Any, model: Any) -> None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head = models.classifier_name(model)
+    heads = models.head_names(model)
     if not hasattr(config, "modules_to_save"):
-        raise UsageError(f"{method.name} cannot train a classifier beside itself, which image classification needs")
-    config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
+        raise UsageError(f"{method.name} cannot train a classifier beside itself, which a model of images needs")
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
     if config.target_modules != "all-linear":
         return
     pixels = getattr(model.config, "num_channels", 3)
     config.target_modules = [
         name
         for name, module in model.named_modules()
-        if not f"{name}.".startswith(f"{head}.")
+        if not f"{name}.".startswith(tuple(f"{head}." for head in heads))
         and (
             isinstance(module, nn.Linear | Conv1D)
             or (
@@ -59,12 +59,13 @@ def serves_convolutions(method: Method) -> bool:
 def keep_statistics(model: nn.Module) -> None:
     """Let batch norms of a frozen model use the statistics that they have, whatever mode the model is put in.
 
-    They would go on counting, in buffers that no adapter's file holds.
+    They would go on counting, in buffers that no adapter's file holds; those of a head that is trained are in it.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
+    trained = models.head_names(model) if models.task_of_class(type(model).__name__) == "segmentation" else ()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and name not in trained:
             module.register_forward_pre_hook(_rest)
 
 

@@ -337,10 +337,10 @@ def calibration(run: Request, model: Any, shape: Outline, say: Callable[[str], N
             say(f"{run.method} reads no data, so {', '.join(run.options.corpora)} changes nothing")
         return {}
     spec = run.options.model or ""
-    if models.task_of(model.config) == "image-classification":
+    if models.task_of(model.config) in models.IMAGE_TASKS:
         raise UsageError(
-            f"{run.method} reads data, and {spec!r} classifies images, on which weft does not calibrate: take a method "
-            "that reads none, such as svd"
+            f"{run.method} reads data, and {spec!r} classifies images or their pixels, on which weft does not "
+            "calibrate: take a method that reads none, such as svd"
         )
     tokenizer = models.load_tokenizer(spec)
     limit = models.position_limit(spec)

@@ -62,7 +62,7 @@ class Splits:
             split = self.report[name]
             if not split["rows"]:
                 continue
-            if self.report["kind"] in ("image", "captioned"):
+            if self.report["kind"] in sources.OF_IMAGES:
                 lines.append(f"{name}: {split['rows']:,} images")
                 continue
             line = f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens"
@@ -188,12 +188,14 @@ def _template_ids(tokenizer: Any, messages: list[dict[str, str]], **extra: Any) 
 
 def load_reader(spec: str, rows: sources.Rows) -> Any:
     """What makes of rows what the model takes: its tokenizer or, for images, its image processor."""
-    from weft.run import images, models, text_to_image
+    from weft.run import images, models, segmentation, text_to_image
 
     if rows.kind == "captioned":
         return text_to_image.pipeline(spec)
-    if rows.kind == "image":
+    if rows.kind in sources.OF_IMAGES:
         models.check_task(spec, rows.task)
+        if rows.kind == "mask":
+            return segmentation.load_processor(spec, rows.train)
         return images.load_processor(spec, images.size_of(rows.train))
     return models.load_tokenizer(spec)
 
@@ -221,12 +223,12 @@ def load_splits(
     if max_length < 2:
         raise UsageError(f"max_length must be at least 2 tokens, not {max_length}")
     rows = rows if rows is not None else sources.read(spec, task, seed=seed, **reading)
-    if rows.kind == "image":
-        return _image_splits(rows, tokenizer)
     if rows.kind == "captioned":
         from weft.run import text_to_image
 
         return text_to_image.splits(rows, tokenizer)
+    if rows.kind in sources.OF_IMAGES:
+        return _image_splits(rows, tokenizer)
     if rows.kind == "chat" and not tokenizer.chat_template:
         raise UsageError(
             f"data {spec!r} holds chat messages, but the model's tokenizer has no chat template; give prompt and "
@@ -246,12 +248,17 @@ def load_splits(
 
 
 def _image_splits(rows: sources.Rows, processor: Any) -> Splits:
-    from weft.run.images import images
+    from weft.run import images, segmentation
 
-    made = {name: images(getattr(rows, name), processor) for name in sources.SPLITS}
+    if rows.kind == "mask":
+        made: dict[str, Any] = segmentation.splits(rows, processor)
+    else:
+        made = {name: images.images(getattr(rows, name), processor) for name in sources.SPLITS}
     shape = " x ".join(map(str, made["train"][0]["pixel_values"].shape))
     notes = [*(f"held out for {line}" for line in rows.held_out), *rows.notes]
     notes.append(f"images reach the model as {shape} numbers")
+    if rows.kind == "mask":
+        notes.append(f"each pixel is one of {len(rows.labels or [])} classes: {', '.join(rows.labels or [])}")
     report: dict[str, Any] = {"kind": rows.kind, "notes": notes}
     report |= {name: vars(SplitReport(rows=len(split), loss_tokens=len(split))) for name, split in made.items()}
     return Splits(**made, task=rows.task, report=report, labels=rows.labels)
@@ -301,7 +308,8 @@ def draw(
 def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
     """A batch padded on the right to its longest row: input_ids, attention_mask, labels, each (rows, longest).
 
-    Of images pixel_values, (rows, channels, height, width), and labels; of captioned ones `text_to_image.collate`.
+    Of images pixel_values, (rows, channels, height, width), and labels; masks are as `segmentation.stack` makes them,
+    captioned images as `text_to_image.collate` does.
     """
     import torch
 
@@ -311,6 +319,10 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, torc
         return text_to_image.collate(rows)
     if "pixel_values" in rows[0]:
         batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        if hasattr(rows[0].get("labels"), "shape"):
+            from weft.run import segmentation
+
+            return batch | {"labels": segmentation.stack([row["labels"] for row in rows])}
         return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})
     longest = max(len(row["input_ids"]) for row in rows)
 

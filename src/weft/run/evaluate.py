@@ -1,4 +1,4 @@
-"""How well a model does on tokenised rows: nats a token and perplexity, or accuracy; each document's share kept."""
+"""How well a model does on rows: nats a token and perplexity, accuracy, or Dice; each document's share kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from weft.run import segmentation
 from weft.run.data import IGNORED, collate
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def evaluate(
         `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
         `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. For text-to-image `loss` (mean square
         of the error), `rows` and `per_document`: [that of the row, 1]. Less is better in all, and a document's two
-        numbers add up over documents.
+        numbers add up over documents. For segmentation what `segmentation.summarise` says.
     """
     return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
 
@@ -41,7 +42,7 @@ def measure_rows(
     pad_token_id: int = 0,
     bf16: bool = False,
 ) -> list[tuple[int, int, float, int, int]]:
-    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1).
+    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1), or of a mask.
 
     A split that says itself how a model is measured on it is asked.
     """
@@ -102,6 +103,8 @@ def measure_batch(
     """The entries of `measure_rows` for one batch."""
     from torch.nn.functional import cross_entropy
 
+    if labels.dim() == 3:
+        return segmentation.measure(rows, documents, labels, logits)
     if labels.dim() == 1:  # classes: logits (rows, classes), labels (rows,)
         nats = cross_entropy(logits.float(), labels, reduction="none").tolist()
         predicted = logits.argmax(-1).tolist()
@@ -116,6 +119,8 @@ def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> di
     """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
     if not measured:
         return {}
+    if task == "segmentation":
+        return segmentation.summarise(measured)
     if task == "text-to-image":
         from weft.run import text_to_image
 

@@ -158,6 +158,8 @@ def _shared_task(asked: Request, configs: Json) -> str:
             f"{asked.model!r} is for {tasks['model']} and {asked.against!r} for {tasks['against']}: "
             "their predictions cannot be compared"
         )
+    if tasks["model"] == "segmentation":
+        raise UsageError(f"{asked.model!r} segments images: weft predict says its Dice on data with masks")
     return tasks["model"]
 
 

@@ -10,7 +10,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ def read_npz(path: Path) -> dict[str, list[sources.Row]]:
 
     A key is "x", "image" or "images" for images and "y", "label" or "labels" for labels, with a split's name before or
     behind it: x_train, test_labels; without one, it is the training split. `classes`, where there is one, names the
-    labels. Further arrays are not read.
+    labels. Labels of images x height x width are masks. Further arrays are not read.
 
     Raises UsageError, which names the array, where images and labels do not fit together.
     """
@@ -191,6 +191,10 @@ def _array_rows(path: Path, key: str, images: Any, labels: tuple[str, Any] | Non
     if labels is None:
         return [{"image": image} for image in images]
     name, values = labels
+    if values.ndim > 2:
+        from weft.run import segmentation
+
+        return segmentation.array_rows(where, images, labels, names)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1 or values.dtype.kind not in "iuUSb":
@@ -308,7 +312,8 @@ class Images:
         return {"pixel_values": self.prepare(row["image"]), **label, "document": self.documents[place]}
 
     def select(self, places: Sequence[int]) -> Images:
-        return Images([self.rows[place] for place in places], self.prepare, [self.documents[place] for place in places])
+        rows, documents = [self.rows[place] for place in places], [self.documents[place] for place in places]
+        return replace(self, rows=rows, documents=documents)
 
 
 def images(rows: Sequence[sources.Row], processor: Any) -> Images:

@@ -195,7 +195,7 @@ class Watch(TrainerCallback):
         self._write({"step": step, **row})
         if self.progress:
             self.progress.pause(time.perf_counter() - began)
-            shown = [name for name in ("loss", "perplexity", "accuracy") if name in metrics]
+            shown = [name for name in ("loss", "perplexity", "dice", "accuracy") if name in metrics]
             self.progress.note(f"step {step}: validation " + ", ".join(f"{name} {metrics[name]:.4f}" for name in shown))
 
     def _write(self, row: dict[str, Any]) -> None:

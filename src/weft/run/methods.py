@@ -341,7 +341,7 @@ def config_for(method: Method, model: nn.Module) -> Any:
     if factors and config.target_modules == "all-linear" and not isinstance(excluded, str):
         # PEFT would find the layers of a compressed model, and once more the factors in them
         config.exclude_modules = sorted({*(excluded or ()), *factors})
-    if models.task_of_class(type(model).__name__) == "image-classification":
+    if models.task_of_class(type(model).__name__) in models.IMAGE_TASKS:
         backbones.settle(method, config, model)
     elif models.task_of_class(type(model).__name__) == "text-to-image":
         text_to_image.settle(config)
@@ -534,8 +534,9 @@ def _train_head_only(model: Any) -> nn.Module:
     import torch
 
     model.requires_grad_(False)
-    if models.task_of_class(type(model).__name__) == "image-classification":
-        model.get_submodule(models.classifier_name(model)).requires_grad_(True)
+    if models.task_of_class(type(model).__name__) in models.IMAGE_TASKS:
+        for name in models.head_names(model):
+            model.get_submodule(name).requires_grad_(True)
         return model
     head: Any = _head(model)
     embedding = model.get_input_embeddings()

@@ -22,7 +22,9 @@ TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "segmentation": "AutoModelForSemanticSegmentation",
 }
+IMAGE_TASKS = ("image-classification", "segmentation")  # of which the image processor is the tokenizer
 _SCRATCH = "config:"
 
 # Fields that configs work out by themselves where they are not given: those they follow from.
@@ -138,7 +140,7 @@ def load_base(
         labels: the names of the classes, for classification; `num_labels` where they have no names.
         weights: False builds the model on the meta device from its config alone: shapes, no numbers.
         seed: draws the new classification head, so that equal seeds give equal models. A head of images for another
-            number of classes is replaced by one.
+            number of classes is replaced by one, layer by layer where it has several.
         tokenizer: where it is loaded already; for images it is not loaded here.
 
     Raises UsageError for a name that is no model, WeftError for files that cannot be read.
@@ -156,7 +158,9 @@ def load_base(
     config = _load_config(spec, path, num_labels, labels)
     _check_task(spec, config, task)
     auto: Any = getattr(transformers, TASKS[task])
-    of_images = task == "image-classification"
+    of_images = task in IMAGE_TASKS
+    if getattr(config, "use_auxiliary_head", False) and task == "segmentation":
+        config.use_auxiliary_head = False  # it only helps a loss of transformers' own
     if not of_images:
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
         if from_scratch(spec):
@@ -192,7 +196,8 @@ def load_base(
         raise WeftError(f"cannot load the weights of {spec!r}: {_reason(error)}") from error
     if of_images:  # whatever does not fit was drawn anew, which is meant for the head alone
         drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-        strange = sorted(key for key in drawn if not key.startswith(f"{classifier_name(model)}."))
+        heads = tuple(f"{name}." for name in head_names(model))
+        strange = sorted(key for key in drawn if not key.startswith(heads))
         if strange:
             raise WeftError(f"the weights of {spec!r} lack {strange[0]}, or hold it in another shape than its config")
     return Base(model, tokenizer, spec, task)
@@ -363,6 +368,8 @@ def task_of_class(name: str) -> str:
         return "image-classification"
     if name == "UNet2DConditionModel":
         return "text-to-image"
+    if name.endswith("ForSemanticSegmentation"):
+        return "segmentation"
     return "classification" if name.endswith("ForSequenceClassification") else "causal-lm"
 
 
@@ -376,8 +383,23 @@ def classifier_name(model: Any) -> str:
     return found[0]
 
 
+def head_names(model: Any) -> list[str]:
+    """The modules of a model of images that make its answer of what the backbone found, trained beside an adapter.
+
+    Of an image classifier the classifier; of a model of segmentation every layer outside of its backbone.
+    """
+    if task_of_class(type(model).__name__) != "segmentation":
+        return [classifier_name(model)]
+    backbone = ("backbone", model.base_model_prefix)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.partition(".")[0] not in ("", *backbone) and next(module.parameters(recurse=False), None) is not None
+    ]
+
+
 def classes_of(spec: str) -> list[str]:
-    """The names of the classes that an image classifier tells apart, in its order; none for any other model."""
+    """The names of the classes that a model of images tells apart, in its order; none for any other model."""
     try:
         config = load_config(spec)
     except UsageError:
@@ -386,7 +408,7 @@ def classes_of(spec: str) -> list[str]:
         if text_to_image.is_pipeline(spec):  # which has a config for each of its parts
             return []
         raise
-    known = task_of(config) == "image-classification"
+    known = task_of(config) in IMAGE_TASKS
     return [str(name) for _, name in sorted(config.id2label.items())] if known else []
 
 

@@ -1,4 +1,7 @@
-"""Answers of an adapted model: text for language models, label probabilities for classifiers of text or images."""
+"""Answers of an adapted model: text for language models, label probabilities for classifiers of text or images.
+
+What a model of segmentation answers is in `segmentation.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weft.errors import UsageError, WeftError
 from weft.run import sources
 from weft.run.adapt import LABELS_FILE, RUN_FILE
-from weft.run.models import Base, task_of_class
+from weft.run.models import IMAGE_TASKS, Base, task_of_class
 from weft.run.text_to_image import INDEX
 
 if TYPE_CHECKING:
@@ -99,10 +102,11 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
     base = load_base(
         spec, facts["task"], dtype=torch.bfloat16 if bf16 else torch.float32, labels=labels, num_labels=count
     )
-    if facts["task"] == "image-classification":
-        from weft.run.images import PROCESSOR, load_processor
+    if facts["task"] in IMAGE_TASKS:
+        from weft.run import images, segmentation
 
-        base.tokenizer = load_processor(str(adapter) if (adapter / PROCESSOR).exists() else spec)
+        read = segmentation.load_processor if facts["task"] == "segmentation" else images.load_processor
+        base.tokenizer = read(str(adapter) if (adapter / images.PROCESSOR).exists() else spec)
     if facts["kind"] == "adapter":
         base.model = attach_saved(base.model, adapter, spec)
     device = "cuda" if torch.cuda.is_available() else "cpu"

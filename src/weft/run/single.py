@@ -61,9 +61,7 @@ def _exam(study: Study, rows: sources.Rows, tokenizer: Any) -> Exam:
     if rows.kind not in ("completion", "chat"):
         raise UsageError(
             f"--generate needs data with prompts and completions, or chats, and {study.data!r} holds "
-            + {"text": "plain text", "classification": "texts with labels", "image": "images", "captioned": "images"}[
-                rows.kind
-            ]
+            + {"text": "plain text", "classification": "texts with labels"}.get(rows.kind, "images")
         )
     exam = exam_of(
         rows.test,

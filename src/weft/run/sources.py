@@ -26,6 +26,7 @@ _SPLIT_WORDS = {
 # Fewer texts than this are split inside each text, not between texts.
 _FEW_TEXTS = 20
 
+OF_IMAGES = ("image", "mask", "captioned")  # kinds of rows that hold images
 SHOTS = 5  # training images a class for few-shot, where nobody says
 
 Row = dict[str, Any]
@@ -46,7 +47,12 @@ class Rows:
     @property
     def task(self) -> str:
         """The task that the columns speak of."""
-        tasks = {"classification": "classification", "image": "image-classification", "captioned": "text-to-image"}
+        tasks = {
+            "classification": "classification",
+            "image": "image-classification",
+            "mask": "segmentation",
+            "captioned": "text-to-image",
+        }
         return tasks.get(self.kind, "causal-lm")
 
 
@@ -69,8 +75,9 @@ def read(
         spec: a file (.txt .jsonl .json .csv .tsv .parquet, each also .gz), a folder of them, a data set on the hub
             ("name" or "name:configuration"), or "builtin:stdlib", "builtin:pydocs"; images as `run.images` reads them,
             or "builtin:digits", "builtin:digits-shifted".
-        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), "text-to-image", or "auto": by
-            what the rows hold, classification where there is a `label` column.
+        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), "segmentation",
+            "text-to-image", or "auto": by what the rows hold, classification where there is a `label` column,
+            segmentation where a `mask`, text-to-image where an image has text.
         columns: our name → the source's name, for sources that call their columns otherwise.
         validation, test: further sources that hold these splits.
         validation_fraction, test_fraction: what is held out of train where a split is missing; 0 for none.
@@ -102,6 +109,10 @@ def read(
             _hold_out(rows, name, fraction, seed, spec)
     if kind in ("classification", "image"):
         _number_labels(rows, spec, classes)
+    if kind == "mask":
+        from weft.run import segmentation
+
+        segmentation.number_classes(rows, spec, classes)
     if few:
         _draw_shots(rows, SHOTS if shots is None else shots, seed, spec)
     return rows
@@ -174,8 +185,10 @@ def _builtin_images(name: str, split: str) -> list[Row]:
 
 
 def _folder_rows(folder: Path, task: str) -> dict[str, list[Row]]:
-    from weft.run import captions, images
+    from weft.run import captions, images, segmentation
 
+    if task == "segmentation" or (task == "auto" and segmentation.is_folder(folder)):
+        return segmentation.read_folder(folder)
     if task in ("auto", "text-to-image") and captions.holds_captions(folder):
         return captions.read_folder(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
@@ -330,16 +343,22 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
 
 
 def _kind(spec: str, row: Row, task: str) -> str:
-    """What a row is: chat, completion, classification, text, image or captioned (an image with text)."""
+    """What a row is: chat, completion, classification, text, image, mask or captioned (an image with text)."""
+    if task == "segmentation" or (task == "auto" and "image" in row and "mask" in row):
+        if lacks := [column for column in ("image", "mask") if column not in row]:
+            raise UsageError(
+                f"data {spec!r} has no {lacks[0]} to learn from: it has {', '.join(map(str, row))}; put files into "
+                "images/ and masks/, or name columns with --columns image=...,mask=..."
+            )
+        return "mask"
     captioned = _is_image(row.get("image")) and "text" in row and "label" not in row
     if task == "text-to-image" or (task == "auto" and captioned):
-        for column in ("image", "text"):
-            if column not in row:
-                raise UsageError(
-                    f"data {spec!r} has no {column} to learn from: it has {', '.join(map(str, row))}; put each image's "
-                    "caption into a .txt of its name or into metadata.jsonl, or name columns with "
-                    "--columns image=...,text=..."
-                )
+        if lacks := [column for column in ("image", "text") if column not in row]:
+            raise UsageError(
+                f"data {spec!r} has no {lacks[0]} to learn from: it has {', '.join(map(str, row))}; put each image's "
+                "caption into a .txt of its name or into metadata.jsonl, or name columns with "
+                "--columns image=...,text=..."
+            )
         return "captioned"
     if task == "image-classification" or (task == "auto" and "image" in row and "text" not in row):
         for column, remedy in (("image", "--task says what else it is for"), ("label", "give each class a folder")):
@@ -382,6 +401,7 @@ def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
         "completion": ("prompt", "completion"),
         "classification": ("text1", "text2", "label") if "text1" in row else ("text", "label"),
         "image": ("image", "label"),
+        "mask": ("image", "mask", "classes") if "classes" in row else ("image", "mask"),
         "captioned": ("image", "text"),
     }[kind]
     kept = {}
@@ -390,13 +410,13 @@ def _checked(row: Row, kind: str, where: str, spec: str) -> Row | None:
         if column == "label":
             if value is None or isinstance(value, (dict, list)):
                 raise UsageError(f"data {spec!r}, {where}: label must be a word or a number, not {value!r}")
-        elif column == "image":
+        elif column in ("image", "mask"):
             if not _is_image(value):
-                raise UsageError(f"data {spec!r}, {where}: image must hold the bytes of one, not {value!r:.60}")
-        elif not isinstance(value, str):
+                raise UsageError(f"data {spec!r}, {where}: {column} must hold the bytes of one, not {value!r:.60}")
+        elif column != "classes" and not isinstance(value, str):
             raise UsageError(f"data {spec!r}, {where}: {column} must be text, not {value!r}")
         kept[column] = value
-    if "image" not in wanted and not any(kept[column].strip() for column in wanted if column != "label"):
+    if kind not in OF_IMAGES and not any(kept[column].strip() for column in wanted if column != "label"):
         return None
     return kept
 

@@ -228,6 +228,8 @@ def _run(
         import weft
 
         extra["optimizers"] = weft.optimizer_and_scheduler(model, args, total_steps(splits, args))
+    if splits.task == "segmentation":
+        args.ddp_find_unused_parameters = True  # BEiT and DPT have layers that nothing is asked of
     trainer = StepTrainer(
         model=model, args=args, train_dataset=splits.train, data_collator=collator, callbacks=[watch], **extra
     )
