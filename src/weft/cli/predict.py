@@ -1,4 +1,4 @@
-"""Let an adapted model answer: continue prompts, or give each label's probability for text or images; JSON lines."""
+"""Let an adapted model answer: continue prompts, classify text or images, or say whose an image is; JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ def command(
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of the data: train, validation or test.")] = "test",
     columns: Annotated[str | None, typer.Option(help="Where columns have other names: text=sentence.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File for the JSON lines; by default standard output.")] = None,
+    gallery: Annotated[
+        str | None,
+        typer.Option(help="For verification, known images, a folder an identity: each answer names the nearest."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the JSON lines, by default standard output; for verification, .npz keeps embeddings."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Answer the first rows only; with --score, the first distinct prompts.")
     ] = None,
@@ -51,8 +60,8 @@ def command(
 
     [bold]weft predict --adapter OUT --prompt "def add(" --prompt "class Stack"[/bold]
 
-    One JSON object a line: prompt and completion, or text or image, label and probabilities. With --score the last line
-    has the scores.
+    One JSON object a line: prompt and completion, or text or image, label and probabilities, or image, identity and
+    cosine. With --score the last line has the scores.
     """
     if bool(prompt) == bool(data):
         raise UsageError("give either --prompt or --data")
@@ -67,20 +76,31 @@ def command(
     rows = [{"text": text} for text in prompt or []]
     if data:
         rows = _rows(data, split, columns)
-    of_images = facts["task"] == "image-classification"
+    of_images = facts["task"] in ("image-classification", "verification")
     if prompt and of_images:
-        raise UsageError(f"--prompt is for text, and {str(adapter)!r} classifies images: give --data")
+        raise UsageError(f"--prompt is for text, and {str(adapter)!r} answers images: give --data")
     if rows and of_images != ("image" in rows[0]):
         kind = "images" if of_images else "text"
         raise UsageError(f"{str(adapter)!r} answers {kind}, and data {data!r} has {', '.join(map(str, rows[0]))}")
+    _check_gallery(facts["task"], gallery, output, adapter)
     if score and data:
         _check_references(rows, data)
         base = _predict.load_adapted(model, adapter, bf16=bf16)
         _write(_scored(base, rows, limit, sampling, batch_size, derive=max_new_tokens is None), output)
         return
     rows = rows[:limit]
+    known = _rows(gallery, "train", columns) if gallery else None
     base = _predict.load_adapted(model, adapter, bf16=bf16)
-    if facts["task"] != "causal-lm":
+    answers: Any
+    if facts["task"] == "verification":
+        from weft.run import verification
+
+        if known is None and output is not None:
+            verification.write_embeddings(base, rows, output, batch_size)
+            print(f"saved to {output}", file=sys.stderr)
+            return
+        answers = verification.answers(base, rows, known or [], batch_size)
+    elif facts["task"] != "causal-lm":
         answers = _labelled(_predict.classify(base, rows, max_length, batch_size), rows)
     else:
         asked = _predict.prompts_of(rows, base.tokenizer)
@@ -102,6 +122,17 @@ def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:
     except (TypeError, ValueError):
         raise UsageError(f"--columns must be pairs like text=sentence, not {columns!r}") from None
     return sources.read_unlabelled(data, split, renamed)
+
+
+def _check_gallery(task: str, gallery: str | None, output: Path | None, adapter: Path) -> None:
+    if gallery and task != "verification":
+        raise UsageError(f"--gallery is for verification, and {str(adapter)!r} is for {task}")
+    embeds = output is not None and output.suffix == ".npz"
+    if task == "verification" and bool(gallery) == embeds:
+        raise UsageError(
+            f"{str(adapter)!r} embeds images: give --gallery, a folder an identity, to name each image's nearest, or "
+            "--output FILE.npz to keep the embeddings"
+        )
 
 
 def _check_score(data: str | None) -> None:

@@ -15,13 +15,14 @@ from weft.errors import UsageError
 from weft.report import quantities
 from weft.report.page import curve
 from weft.report.quantities import NOTHING, finite
-from weft.report.study import ACCURACY, LOSS, Row
+from weft.report.study import ACCURACY, LOSS, Metric, Row
 from weft.report.template import page, plain, short, write
 from weft.run.adapt import RESULT_FILE, RUN_FILE
 from weft.run.compare import commit, hardware, versions
 from weft.run.loop import METRICS
 from weft.run.models import from_scratch
 
+AUC = Metric("auc", "Test AUC", "", 1.0, 4, True)  # of verification
 _DRAWN = ("loss", "learning_rate")  # columns of metrics.jsonl, beside the speed
 
 
@@ -80,14 +81,14 @@ def _method(run: Row) -> str:
 
 def _verdict(run: Row, result: Row, rows: list[Row], accuracy: bool) -> str:
     """What came out, in one sentence."""
-    metric = ACCURACY if accuracy else LOSS
+    metric = AUC if "auc" in (result.get("validation") or {}) else ACCURACY if accuracy else LOSS
     steps = result.get("steps") or max((row["step"] for row in rows), default=0)
     scores = {"validation": result.get("validation") or {}, "test": result.get("test") or {}}
     shown = []
     for split, score in scores.items():
         value = finite(score.get(metric.key))
         if value is not None:
-            unit = "" if metric.unit == "%" else f" {metric.unit}"
+            unit = "" if metric.unit in ("%", "") else f" {metric.unit}"
             also = f", perplexity {score['perplexity']:.4g}" if finite(score.get("perplexity")) else ""
             shown.append(f"{metric.show(value)}{unit} on the {split} split{also}")
     if not shown:

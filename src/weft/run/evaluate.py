@@ -27,9 +27,9 @@ def evaluate(
         For a language model `loss` (nats a token over all tokens that carry loss), `perplexity`, `tokens` and
         `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
         `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. Less is better in both, and a
-        document's two numbers add up over documents.
+        document's two numbers add up over documents. For verification see `verification.summarise`.
     """
-    return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
+    return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16, task), task)
 
 
 def measure_rows(
@@ -39,8 +39,16 @@ def measure_rows(
     rows: Sequence[int],
     pad_token_id: int = 0,
     bf16: bool = False,
+    task: str = "",
 ) -> list[tuple[int, int, float, int, int]]:
-    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1)."""
+    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1).
+
+    Of verification (row, document, embedding, identity).
+    """
+    if task == "verification":
+        from weft.run import verification
+
+        return verification.measure_rows(model, dataset, batch_size, rows, bf16)
     batches = over_batches(measure_batch, [model], dataset, batch_size, rows, pad_token_id, bf16)
     return sorted(itertools.chain.from_iterable(batches))
 
@@ -110,6 +118,10 @@ def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> di
     """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
     if not measured:
         return {}
+    if task == "verification":
+        from weft.run import verification
+
+        return verification.summarise(measured)
     if task != "causal-lm":
         pairs = [(predicted, true) for _, _, _, predicted, true in measured]
         wrong = [int(predicted != true) for predicted, true in pairs]

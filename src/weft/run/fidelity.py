@@ -158,6 +158,8 @@ def _shared_task(asked: Request, configs: Json) -> str:
             f"{asked.model!r} is for {tasks['model']} and {asked.against!r} for {tasks['against']}: "
             "their predictions cannot be compared"
         )
+    if any(tasks[name] == "image-classification" and not config.num_labels for name, config in configs.items()):
+        raise UsageError(f"{asked.model!r} has no classes, and embeds images: weft predict says whose each is")
     return tasks["model"]
 
 

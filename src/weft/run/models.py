@@ -22,6 +22,7 @@ TASKS = {
     "causal-lm": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "verification": "AutoModelForImageClassification",
 }
 _SCRATCH = "config:"
 
@@ -135,7 +136,8 @@ def load_base(
 
     Args:
         dtype: the weights' dtype; float32 by default.
-        labels: the names of the classes, for classification; `num_labels` where they have no names.
+        labels: the names of the classes, for classification, or of the identities that are to be told apart, for
+            verification; `num_labels` where classes have no names.
         weights: False builds the model on the meta device from its config alone: shapes, no numbers.
         seed: draws the new classification head, so that equal seeds give equal models. A head of images for another
             number of classes is replaced by one.
@@ -148,6 +150,10 @@ def load_base(
 
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
+    if task == "verification":
+        from weft.run import verification
+
+        return verification.load(spec, labels, dtype=dtype, weights=weights, seed=seed, tokenizer=tokenizer)
     path = locate(spec)
     config = _load_config(spec, path, num_labels, labels)
     _check_task(spec, config, task)

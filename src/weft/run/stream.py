@@ -177,6 +177,8 @@ def request(given: dict[str, Any], path: str) -> Stream:
             raise UsageError(f"task {name!r}: {error}") from error
         if not rows.test and not rows.validation:
             raise UsageError(f"task {name!r} has neither a test nor a validation split to be scored on")
+        if rows.task == "verification":
+            raise UsageError(f"task {name!r} is verification, and a stream is of language models or of classifiers")
         if tasks and rows.task != tasks[0].rows.task:
             raise UsageError(
                 f"task {name!r} is {rows.task} and task {tasks[0].name!r} {tasks[0].rows.task}: the tasks of a stream "
