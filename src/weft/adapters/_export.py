@@ -103,7 +103,10 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         base = AutoModelForSequenceClassification.from_pretrained(path, **_classes(folder), **kwargs)
     elif named.endswith("ForImageClassification"):
         # a head for other classes is replaced, and then read from the adapter
-        kwargs |= {"ignore_mismatched_sizes": True, "config": auto_config(path, **_classes(folder))}
+        own = auto_config(path, **_classes(folder))
+        if own.model_type == "timm_wrapper" and not own.num_labels:
+            own.num_labels = 1  # which cannot be without classes; labels.json says that this one counts for none
+        kwargs |= {"ignore_mismatched_sizes": True, "config": own}
         base = AutoModelForImageClassification.from_pretrained(path, **kwargs)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -259,14 +259,12 @@ def summarise(measured: list[Any]) -> dict[str, Any]:
     """The metrics of what `measure_rows` found.
 
     Returns:
-        `loss`: nats an image; see `identification_loss`. `auc`, `eer` and `tar_at_far_…`: see `rates`, over all pairs
-        of images. `rank1`: see `rank_one`. `images`, `identities`, `genuine_pairs`, `impostor_pairs`: how many.
+        `loss`, `auc`, `eer` and `tar_at_far_…`: see `rates`, over all pairs of images. `rank1`: see `rank_one`.
+        `images`, `identities`, `genuine_pairs`, `impostor_pairs`: how many.
     """
     embeddings, labels = np.stack([entry[2] for entry in measured]), np.array([entry[3] for entry in measured])
     scores, genuine = pairs(embeddings, labels)
-    nats = identification_loss(embeddings, labels)
     return {
-        "loss": float(nats.mean()),
         **rates(scores, genuine),
         "rank1": float(rank_one(embeddings, labels).mean()),
         "images": len(labels),
@@ -300,17 +298,27 @@ def rates(scores: np.ndarray, genuine: np.ndarray) -> dict[str, float]:
     """How well scores tell genuine pairs from impostors.
 
     Returns:
-        `auc`: the area under the ROC curve. `eer`: the error where false accepts are as frequent as false rejects.
-        `tar_at_far_F`: the share of genuine pairs accepted where at most the share F of impostors is; left out where
-        F of them are fewer than ten.
+        `loss`: nats a pair, of the logistic function of the score that suits these pairs best, genuine ones and
+        impostors weighing as much in all; 0.693 is to know nothing. Neither a factor of all scores nor a constant
+        matters to it. `auc`: the area under the ROC curve. `eer`: the error where false accepts are as frequent as
+        false rejects. `tar_at_far_F`: the share of genuine pairs accepted where at most the share F of impostors is;
+        left out where F of them are fewer than ten.
     """
     try:
-        from sklearn.metrics import auc, roc_curve
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import auc, log_loss, roc_curve
     except ImportError as error:
         raise WeftError('verification needs scikit-learn; install it with pip install "weft[vision]"') from error
-    far, tar, _ = roc_curve(genuine, scores, drop_intermediate=False)
-    found = {"auc": float(auc(far, tar)), "eer": float(np.interp(0.0, far + tar - 1, far))}
+    x = ((scores - scores.mean()) / max(scores.std(), 1e-12))[:, None].astype(np.float64)
+    judge = LogisticRegression(class_weight="balanced", solver="newton-cholesky", tol=1e-8).fit(x, genuine)
     enough = (~genuine).sum()
+    weights = np.where(genuine, 0.5 / genuine.sum(), 0.5 / enough)
+    far, tar, _ = roc_curve(genuine, scores, drop_intermediate=False)
+    found = {
+        "loss": float(log_loss(genuine, judge.predict_proba(x)[:, 1], sample_weight=weights)),
+        "auc": float(auc(far, tar)),
+        "eer": float(np.interp(0.0, far + tar - 1, far)),
+    }
     return found | {
         f"tar_at_far_{f:g}": float(tar[far <= f].max()) for f in FALSE_ACCEPTS if enough * f > 10 - 1e-9
     }
@@ -322,36 +330,6 @@ def rank_one(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     probes = np.setdiff1d(np.arange(len(labels)), first)
     nearest = (embeddings[probes] @ embeddings[first].T).argmax(1)
     return labels[first][nearest] == labels[probes]
-
-
-def identification_loss(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Nats of each image that is not its identity's only one, by a softmax over its cosines with identities' centres.
-
-    A centre is the mean of the identity's embeddings: of its own identity, of its other images. Cosines are scaled by
-    what suits all images best, so that runs of any scale compare, and identities need not be known to training.
-    """
-    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    e = embeddings.astype(np.float64)
-    sums = np.zeros((len(counts), e.shape[1]))
-    np.add.at(sums, index, e)
-    cosines = e @ _unit(sums).T
-    cosines[np.arange(len(e)), index] = (e * _unit(sums[index] - e)).sum(1)
-    asked = counts[index] > 1
-    apart = (cosines - cosines[np.arange(len(e)), index][:, None])[asked]  # above the own one, at 0
-
-    def slope(scale: float) -> float:  # of the mean, which is convex in the scale
-        weights = np.exp(scale * (apart - apart.max(1, keepdims=True)))
-        return float(((weights * apart).sum(1) / weights.sum(1)).mean())
-
-    low, high = 0.0, 1000.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return np.logaddexp.reduce(low * apart, 1)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
