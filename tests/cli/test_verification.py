@@ -1,6 +1,7 @@
 """Verification on the command line: adapted, asked, exported; and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -60,9 +61,11 @@ def test_an_adapter_says_whose_images_are_and_is_exported(weft, refuse, words, p
     assert weft("predict", *adapter, "--output", tmp_path / "own.npz")[0] == 0
     for form in ("lora", "merged"):
         assert weft("export", tmp_path / "out", tmp_path / form, "--to", form)[0] == 0
-    assert weft(*words(tmp_path / "plain", "--r", 2))[0] == 0  # alike, but for mirror images
-    for name, source in (("lora", "lora"), ("merged", "merged"), ("plain", "plain")):
-        asked = ("predict", "--adapter", tmp_path / source, "--data", people, "--output", tmp_path / f"{name}.npz")
+    run = (tmp_path / "out" / "run.yaml").read_text().replace("mirror: true", "mirror: false")
+    shutil.copytree(tmp_path / "out", tmp_path / "plain")
+    (tmp_path / "plain" / "run.yaml").write_text(run)  # exported models do not know of mirror images
+    for name in ("lora", "merged", "plain"):
+        asked = ("predict", "--adapter", tmp_path / name, "--data", people, "--output", tmp_path / f"{name}.npz")
         code, _, err = weft(*asked)
         assert code == 0, err
     found = {name: np.load(tmp_path / f"{name}.npz") for name in ("own", "lora", "merged", "plain")}
@@ -77,6 +80,8 @@ def test_an_adapter_says_whose_images_are_and_is_exported(weft, refuse, words, p
     refuse(2, "predict", *adapter, says=("--gallery", "--output FILE.npz"))
     both = ("--gallery", people.parent / "known", "--output", tmp_path / "x.npz")
     refuse(2, "predict", *adapter, *both, says=("--gallery",))
+    nobody = people.parent / "known" / "p8"
+    refuse(2, "predict", *adapter, "--gallery", nobody, says=("does not say whose", "a folder"))
     refuse(2, "predict", "--adapter", tmp_path / "out", "--prompt", "x", says=("--prompt is for text",))
 
 

@@ -82,14 +82,13 @@ def command(
     if rows and of_images != ("image" in rows[0]):
         kind = "images" if of_images else "text"
         raise UsageError(f"{str(adapter)!r} answers {kind}, and data {data!r} has {', '.join(map(str, rows[0]))}")
-    _check_gallery(facts["task"], gallery, output, adapter)
+    known = _gallery(facts["task"], gallery, output, adapter, columns)
     if score and data:
         _check_references(rows, data)
         base = _predict.load_adapted(model, adapter, bf16=bf16)
         _write(_scored(base, rows, limit, sampling, batch_size, derive=max_new_tokens is None), output)
         return
     rows = rows[:limit]
-    known = _rows(gallery, "train", columns) if gallery else None
     base = _predict.load_adapted(model, adapter, bf16=bf16)
     answers: Any
     if facts["task"] == "verification":
@@ -124,7 +123,10 @@ def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:
     return sources.read_unlabelled(data, split, renamed)
 
 
-def _check_gallery(task: str, gallery: str | None, output: Path | None, adapter: Path) -> None:
+def _gallery(
+    task: str, gallery: str | None, output: Path | None, adapter: Path, columns: str | None
+) -> list[dict[str, Any]] | None:
+    """The known images, each with its identity; None where embeddings are asked for, or other answers."""
     if gallery and task != "verification":
         raise UsageError(f"--gallery is for verification, and {str(adapter)!r} is for {task}")
     embeds = output is not None and output.suffix == ".npz"
@@ -133,6 +135,12 @@ def _check_gallery(task: str, gallery: str | None, output: Path | None, adapter:
             f"{str(adapter)!r} embeds images: give --gallery, a folder an identity, to name each image's nearest, or "
             "--output FILE.npz to keep the embeddings"
         )
+    if not gallery:
+        return None
+    known = _rows(gallery, "train", columns)
+    if not all("image" in row and "label" in row for row in known):
+        raise UsageError(f"--gallery {gallery!r} does not say whose its images are: give each identity a folder")
+    return known
 
 
 def _check_score(data: str | None) -> None:

@@ -142,9 +142,9 @@ class MarginHead(nn.Module):
     mirror = False
     loss, margin, scale = "cosface", MARGINS["cosface"], SCALE
 
-    def __init__(self, features: int, identities: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, features: int, identities: int, device: Any = None) -> None:
         super().__init__()
-        drawn = torch.randn(identities, features, device=device, dtype=dtype)
+        drawn = torch.randn(identities, features, device=device)  # in float32, whatever the model is in
         self.centres = nn.Parameter(drawn * 0.01)  # their length sets how fast steps of one size turn them
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def load(spec: str, identities: Sequence[str] | None, **loading: Any) -> models.
     head: nn.Module = Bare()
     if identities:
         torch.manual_seed(loading.get("seed", 0))
-        head = MarginHead(last.in_features, len(identities), last.weight.device, last.weight.dtype)
+        head = MarginHead(last.in_features, len(identities), last.weight.device)
     base.model.set_submodule(found[0], head.train(last.training))
     base.model.config.num_labels = 0
     return replace(base, task=TASK)
