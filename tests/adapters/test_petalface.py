@@ -466,3 +466,39 @@ def test_brisque_gets_images_in_their_own_range(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "piq", None)
     with pytest.raises(weft.WeftError, match=r"weft\[quality\]"):
         petalface.brisque(x)
+
+
+# --- judges by name ---------------------------------------------------------------------------------------------------
+
+
+def test_sharpness_is_the_share_of_detail_in_decibels_pixel_by_pixel() -> None:
+    x = torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    x[1] = x[1, :, :1, :1] + torch.linspace(0, 1, 30).view(6, 5)  # a smooth one
+    want = []
+    for image in x.double():
+        detail = whole = 0.0
+        for colour in image:
+            mean = float(colour.mean())
+            for i in range(6):
+                for j in range(5):
+                    near = colour[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+                    detail += float(colour[i, j] - near.mean()) ** 2
+                    whole += (float(colour[i, j]) - mean) ** 2
+        want.append(10 * math.log10(detail / whole))
+    got = petalface.sharpness(pixel_values=x, labels=None)
+    torch.testing.assert_close(got.double(), torch.tensor(want).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(petalface.sharpness((x - 0.4) / 0.2), got, rtol=1e-3, atol=1e-3)
+    assert got[0] > got[1] + 3
+    assert petalface.sharpness(torch.ones(1, 3, 4, 4)).tolist() == [-60.0]
+
+
+def test_a_judge_goes_by_its_name_in_the_config() -> None:
+    assert petalface.judge("sharpness", 0.3, 0.1) is petalface.sharpness
+    told = petalface.judge("brisque", [0.1, 0.2, 0.3], 0.25)
+    assert told.func is petalface.brisque and told.keywords == {"mean": [0.1, 0.2, 0.3], "std": 0.25}
+    with pytest.raises(weft.UsageError, match="quality='beauty': use sharpness, brisque, or a number"):
+        PetalfaceConfig(quality="beauty")
+    model, _ = attach(Windows(), quality=sharpness)
+    model.peft_config["default"].quality = "sharpness"
+    with pytest.raises(weft.UsageError, match="set quality to a number in its config"):
+        model.merge_and_unload()

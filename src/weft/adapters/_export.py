@@ -122,11 +122,14 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         base = load_denoiser(path)
     elif named.endswith(("ForImageClassification", "ForSemanticSegmentation")):
         # a head for other classes is replaced, and then read from the adapter
-        kwargs |= {"ignore_mismatched_sizes": True, "config": auto_config(path, **_classes(folder))}
+        own = auto_config(path, **_classes(folder))
+        if own.model_type == "timm_wrapper" and not own.num_labels:
+            own.num_labels = 1  # which cannot be without classes; labels.json says that this one counts for none
+        kwargs |= {"ignore_mismatched_sizes": True, "config": own}
         if named.endswith("ForImageClassification"):
             base = AutoModelForImageClassification.from_pretrained(path, **kwargs)
         else:
-            kwargs["config"].use_auxiliary_head = False  # as it was adapted
+            own.use_auxiliary_head = False  # as it was adapted
             base = AutoModelForSemanticSegmentation.from_pretrained(path, **kwargs)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, **kwargs)

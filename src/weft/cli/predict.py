@@ -1,4 +1,4 @@
-"""Let an adapted model answer: continue or draw prompts, tell labels of text or images, segment images; JSON lines."""
+"""Let an adapted model answer: text or images for prompts, labels, masks, or whose an image is; JSON lines."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ def command(
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of the data: train, validation or test.")] = "test",
     columns: Annotated[str | None, typer.Option(help="Where columns have other names: text=sentence.")] = None,
+    gallery: Annotated[
+        str | None,
+        typer.Option(help="For verification, known images, a folder an identity: each answer names the nearest."),
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="File for the JSON lines, by default standard output; a new folder for images drawn."),
+        typer.Option(
+            help="File for the JSON lines, by default standard output; of images drawn a new folder, and for "
+            "verification .npz keeps embeddings."
+        ),
     ] = None,
     masks: Annotated[
         Path | None,
@@ -69,9 +76,9 @@ def command(
 
     [bold]weft predict --adapter OUT --prompt "def add(" --prompt "class Stack"[/bold]
 
-    One JSON object a line: prompt and completion, or text or image, label and probabilities, or prompt, image and seed;
-    of segmentation the share of each class in the image, and its Dice where the data has masks. With --score the last
-    line has the scores.
+    One JSON object a line: prompt and completion, or text or image, label and probabilities; prompt, image and seed of
+    images drawn; of segmentation the share of each class in the image, and its Dice where the data has masks; of
+    verification image, identity and cosine. With --score the last line has the scores.
     """
     if bool(prompt) == bool(data):
         raise UsageError("give either --prompt or --data")
@@ -102,10 +109,11 @@ def command(
     if masks is not None and not segments:
         raise UsageError(f"--masks is for models of segmentation, and {str(adapter)!r} is one of {facts['task']}")
     if prompt and of_images:
-        raise UsageError(f"--prompt is for text, and {str(adapter)!r} classifies images: give --data")
+        raise UsageError(f"--prompt is for text, and {str(adapter)!r} answers images: give --data")
     if rows and of_images != ("image" in rows[0]):
         kind = "images" if of_images else "text"
         raise UsageError(f"{str(adapter)!r} answers {kind}, and data {data!r} has {', '.join(map(str, rows[0]))}")
+    known = _gallery(facts["task"], gallery, output, adapter, columns)
     if score and data:
         _check_references(rows, data)
         base = _predict.load_adapted(model, adapter, bf16=bf16)
@@ -116,7 +124,16 @@ def command(
         _segment(adapter, model, rows, facts["labels"], masks, output, bf16=bf16, batch_size=batch_size)
         return
     base = _predict.load_adapted(model, adapter, bf16=bf16)
-    if facts["task"] != "causal-lm":
+    answers: Any
+    if facts["task"] == "verification":
+        from weft.run import verification
+
+        if known is None and output is not None:
+            verification.write_embeddings(base, rows, output, batch_size)
+            print(f"saved to {output}", file=sys.stderr)
+            return
+        answers = verification.answers(base, rows, known or [], batch_size)
+    elif facts["task"] != "causal-lm":
         answers = _labelled(_predict.classify(base, rows, max_length, batch_size), rows)
     else:
         asked = _predict.prompts_of(rows, base.tokenizer)
@@ -187,6 +204,26 @@ def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:
     except (TypeError, ValueError):
         raise UsageError(f"--columns must be pairs like text=sentence, not {columns!r}") from None
     return sources.read_unlabelled(data, split, renamed)
+
+
+def _gallery(
+    task: str, gallery: str | None, output: Path | None, adapter: Path, columns: str | None
+) -> list[dict[str, Any]] | None:
+    """The known images, each with its identity; None where embeddings are asked for, or other answers."""
+    if gallery and task != "verification":
+        raise UsageError(f"--gallery is for verification, and {str(adapter)!r} is for {task}")
+    embeds = output is not None and output.suffix == ".npz"
+    if task == "verification" and bool(gallery) == embeds:
+        raise UsageError(
+            f"{str(adapter)!r} embeds images: give --gallery, a folder an identity, to name each image's nearest, or "
+            "--output FILE.npz to keep the embeddings"
+        )
+    if not gallery:
+        return None
+    known = _rows(gallery, "train", columns)
+    if not all("image" in row and "label" in row for row in known):
+        raise UsageError(f"--gallery {gallery!r} does not say whose its images are: give each identity a folder")
+    return known
 
 
 def _check_score(data: str | None) -> None:

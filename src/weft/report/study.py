@@ -26,7 +26,7 @@ class Metric:
     """What the test split measures.
 
     Attributes:
-        key: of the `test` and `validation` entries, "loss", "accuracy" or "dice".
+        key: of the `test` and `validation` entries, "loss", "accuracy", "dice" or "auc".
         name: as a heading writes it.
         unit, factor, digits: how a value is written: value · factor, with so many decimals.
         higher_is_better: the direction.
@@ -52,15 +52,16 @@ class Metric:
 
 LOSS = Metric("loss", "Test loss", "nats per token", 1.0, 3, False)
 ACCURACY = Metric("accuracy", "Test accuracy", "%", 100.0, 1, True)
+AUC = Metric("auc", "Test AUC", "", 1.0, 4, True)
 DICE = Metric("dice", "Test Dice", "%", 100.0, 1, True)
 ERROR = Metric("loss", "Test error", "mean square", 1.0, 4, False)
 
 
 def headline(found: Iterable[Row]) -> Metric:
-    """What is shown of metrics: Dice or accuracy where they have it, else the loss, of images drawn or of tokens."""
+    """What is shown of metrics: Dice, AUC or accuracy where they have it, else the loss, of images drawn or tokens."""
     keys = set().union(*found)
     loss = ERROR if "rows" in keys else LOSS
-    return next((metric for metric in (DICE, ACCURACY) if metric.key in keys), loss)
+    return next((metric for metric in (DICE, AUC, ACCURACY) if metric.key in keys), loss)
 
 
 @dataclass

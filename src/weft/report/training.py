@@ -86,7 +86,7 @@ def _verdict(run: Row, result: Row, rows: list[Row]) -> str:
     for split, score in scores.items():
         value = finite(score.get(metric.key))
         if value is not None:
-            unit = "" if metric.unit == "%" else f" {metric.unit}"
+            unit = "" if metric.unit in ("%", "") else f" {metric.unit}"
             also = f", perplexity {score['perplexity']:.4g}" if finite(score.get("perplexity")) else ""
             shown.append(f"{metric.show(value)}{unit} on the {split} split{also}")
     if not shown:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from weft.run.train import Teach
 
 _TASKS = (
-    "auto", "causal-lm", "classification", "image-classification", "few-shot", "segmentation", "text-to-image",
-)  # fmt: skip
+    *("auto", "causal-lm", "classification", "image-classification", "few-shot"),
+    *("segmentation", "verification", "text-to-image"),
+)
 RUN_FILE = "run.yaml"
 RESULT_FILE = "result.json"
 LABELS_FILE = "labels.json"
@@ -64,10 +65,20 @@ class AdaptOptions:
     output: str | None = _option(None, "folder for the adapter, checkpoints, metrics and the run file")
     task: str = _option(
         "auto",
-        "causal-lm, classification, image-classification, few-shot (of images), segmentation, text-to-image, or auto: "
-        "by what the data holds",
+        "causal-lm, classification, image-classification, few-shot (of images), segmentation, verification (are two "
+        "images of one person?), text-to-image, or auto: by what the data holds",
     )
     shots: int | None = _option(None, "training images a class, for few-shot; none takes 5")
+    margin_loss: str | None = _option(
+        None, "for verification, how training identities are kept apart: cosface or arcface; none takes cosface"
+    )
+    margin: float | None = _option(
+        None, "by how much: of the cosine for cosface, none takes 0.4; of the angle for arcface, none takes 0.5 radians"
+    )
+    margin_scale: float | None = _option(
+        None, "factor of the cosines in the loss; none takes 64, and few images want less, 16 say"
+    )
+    mirror: bool = _option(False, "for verification, average each embedding with that of the mirror image")
     columns: dict[str, str] | None = _option(None, "where columns have other names: text=sentence,label=polarity")
     validation_data: str | None = _option(None, "where the validation rows are, if not in the data")
     test_data: str | None = _option(None, "where the test rows are, if not in the data")
@@ -159,7 +170,7 @@ def request(given: dict[str, Any]) -> Request:
 
     Raises UsageError for unknown keys, wrong types, values out of range, and what is missing.
     """
-    from weft.run import models
+    from weft.run import models, verification
     from weft.run.methods import parts, resolve
 
     for key in ("model", "data", "method"):
@@ -187,6 +198,7 @@ def request(given: dict[str, Any]) -> Request:
         )
     if options.shots is not None and (options.task != "few-shot" or options.shots < 1):
         raise UsageError(f"shots must be at least 1, with --task few-shot, not {options.shots} with {options.task}")
+    verification.check(options, name)
     if not 0 < options.validation_fraction < 1:
         raise UsageError(f"validation_fraction must be above 0 and below 1, not {options.validation_fraction}")
     if not 0 <= options.test_fraction < 1:
@@ -413,7 +425,7 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
     """Make of the rows what the model takes, say what became of them, and load the base model with its weights."""
     import torch
 
-    from weft.run import data, models
+    from weft.run import data, models, verification
 
     tokenizer = data.load_reader(run.options.model or "", rows)
     window = window_of(run, rows, say)
@@ -429,6 +441,7 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
         seed=run.settings.seed,
         tokenizer=tokenizer,
     )
+    verification.settle(base.model, run.options)
     return base, splits
 
 
@@ -485,7 +498,9 @@ def run_adapt(
         if run.method.name != "base":
             save_result(result.model, base.tokenizer, output)
         if splits.labels:
-            checkpoints.write_text(output / LABELS_FILE, json.dumps(splits.labels, ensure_ascii=False) + "\n")
+            # identities that were trained on are nothing to tell others by
+            classes = [] if splits.task == "verification" else splits.labels
+            checkpoints.write_text(output / LABELS_FILE, json.dumps(classes, ensure_ascii=False) + "\n")
         checkpoints.write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")
     return facts
 

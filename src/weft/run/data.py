@@ -248,10 +248,12 @@ def load_splits(
 
 
 def _image_splits(rows: sources.Rows, processor: Any) -> Splits:
-    from weft.run import images, segmentation
+    from weft.run import images, segmentation, verification
 
     if rows.kind == "mask":
         made: dict[str, Any] = segmentation.splits(rows, processor)
+    elif rows.task == "verification":
+        made = verification.splits(rows, processor)
     else:
         made = {name: images.images(getattr(rows, name), processor) for name in sources.SPLITS}
     shape = " x ".join(map(str, made["train"][0]["pixel_values"].shape))

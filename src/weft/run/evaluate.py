@@ -29,7 +29,7 @@ def evaluate(
         `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
         `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. For text-to-image `loss` (mean square
         of the error), `rows` and `per_document`: [that of the row, 1]. Less is better in all, and a document's two
-        numbers add up over documents. For segmentation what `segmentation.summarise` says.
+        numbers add up over documents. For segmentation and verification what their `summarise` says.
     """
     return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
 
@@ -121,10 +121,10 @@ def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> di
         return {}
     if task == "segmentation":
         return segmentation.summarise(measured)
-    if task == "text-to-image":
-        from weft.run import text_to_image
+    if task in ("text-to-image", "verification"):
+        from weft.run import text_to_image, verification
 
-        return text_to_image.summary(measured)
+        return (text_to_image if task == "text-to-image" else verification).summarise(measured)
     if task != "causal-lm":
         pairs = [(predicted, true) for _, _, _, predicted, true in measured]
         wrong = [int(predicted != true) for predicted, true in pairs]

@@ -160,6 +160,8 @@ def _shared_task(asked: Request, configs: Json) -> str:
         )
     if tasks["model"] == "segmentation":
         raise UsageError(f"{asked.model!r} segments images: weft predict says its Dice on data with masks")
+    if any(tasks[name] == "image-classification" and not config.num_labels for name, config in configs.items()):
+        raise UsageError(f"{asked.model!r} has no classes, and embeds images: weft predict says whose each is")
     return tasks["model"]
 
 

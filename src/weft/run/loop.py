@@ -195,7 +195,7 @@ class Watch(TrainerCallback):
         self._write({"step": step, **row})
         if self.progress:
             self.progress.pause(time.perf_counter() - began)
-            shown = [name for name in ("loss", "perplexity", "dice", "accuracy") if name in metrics]
+            shown = [name for name in ("loss", "perplexity", "dice", "accuracy", "auc") if name in metrics]
             self.progress.note(f"step {step}: validation " + ", ".join(f"{name} {metrics[name]:.4f}" for name in shown))
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -246,9 +246,8 @@ def shared_evaluation(model: nn.Module, dataset: Any, splits: Splits, settings: 
     batch_size = settings.eval_batch_size or settings.batch_size
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if world > 1 else 0
-    own = evaluate.measure_rows(
-        model, dataset, batch_size, range(rank, len(dataset), world), splits.pad_token_id, settings.bf16
-    )
+    share = range(rank, len(dataset), world)
+    own = evaluate.measure_rows(model, dataset, batch_size, share, splits.pad_token_id, settings.bf16)
     if world > 1:
         parts: list[Any] = [None] * world
         torch.distributed.all_gather_object(parts, own)

@@ -394,6 +394,8 @@ def check_fits(method: Method, model: nn.Module) -> list[str]:
     import torch
 
     config: Any = method.config
+    if "quality" in needs(method):
+        backbones.check_quality(method, model)
     modules = {name: module for name, module in model.named_modules() if name}
     if getattr(config, "target_parameters", None) and not config.target_modules:
         return list(config.target_parameters)
@@ -486,12 +488,14 @@ def attach(
     model: nn.Module,
     batches: Iterable[dict[str, Any]] | None = None,
     held_out: Iterable[dict[str, Any]] | None = None,
+    processor: Any = None,
 ) -> nn.Module:
     """The model with the method on it, ready to train; the given model is changed in place.
 
     Args:
         batches: training batches on the model's device, for methods whose card says that they need some.
         held_out: batches of rows that training does not see, likewise.
+        processor: what prepares images, for methods that judge them.
     """
     import weft
 
@@ -508,15 +512,18 @@ def attach(
         return weft.reparametrise(model, method.trains, **options).requires_grad_(True)
     from peft import get_peft_model
 
+    from weft.run import verification
+
     check_fits(method, model)
     config = config_for(method, model)
     try:
         if not method.trains.startswith("peft:"):
             # what a run loads has no other original
             served = {"batches": batches, "held_out": held_out, "original_weights": model}
-            served["quality"] = getattr(config, "quality", None)  # one score for all, or weft.prepare refuses
+            if "quality" in needs(method):
+                served["quality"] = backbones.judged_by(method, config, batches or (), processor)
             weft.prepare(model, config, **{need: served[need] for need in needs(method) if need in served})
-        return get_peft_model(model, config)
+        return verification.train_beside(get_peft_model(model, config))
     except WeftError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -561,6 +568,8 @@ def count_trainable(method: Method, model_skeleton: nn.Module) -> int:
     """`trainable` before attaching; the model may lie on the meta device and stays as it was."""
     from peft import get_peft_model
 
+    from weft.run import verification
+
     model = copy.deepcopy(model_skeleton)
     if method.config is None:
         attach(method, model)
@@ -568,7 +577,7 @@ def count_trainable(method: Method, model_skeleton: nn.Module) -> int:
         config = config_for(method, model)
         if isinstance(getattr(config, "init_lora_weights", None), str):
             config.init_lora_weights = True  # initialisations that factorise the weight do not change the count
-        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        model = verification.train_beside(get_peft_model(model, config, low_cpu_mem_usage=True))
     return trainable(model)
 
 

@@ -23,8 +23,9 @@ TASKS = {
     "classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
     "segmentation": "AutoModelForSemanticSegmentation",
+    "verification": "AutoModelForImageClassification",
 }
-IMAGE_TASKS = ("image-classification", "segmentation")  # of which the image processor is the tokenizer
+IMAGE_TASKS = ("image-classification", "segmentation", "verification")  # of which the image processor is the tokenizer
 _SCRATCH = "config:"
 
 # Fields that configs work out by themselves where they are not given: those they follow from.
@@ -137,7 +138,8 @@ def load_base(
 
     Args:
         dtype: the weights' dtype; float32 by default.
-        labels: the names of the classes, for classification; `num_labels` where they have no names.
+        labels: the names of the classes, for classification, or of the identities that are to be told apart, for
+            verification; `num_labels` where classes have no names.
         weights: False builds the model on the meta device from its config alone: shapes, no numbers.
         seed: draws the new classification head, so that equal seeds give equal models. A head of images for another
             number of classes is replaced by one, layer by layer where it has several.
@@ -154,6 +156,10 @@ def load_base(
         return text_to_image.load_base(spec, dtype or torch.float32, tokenizer, weights=weights)
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
+    if task == "verification":
+        from weft.run import verification
+
+        return verification.load(spec, labels, dtype=dtype, weights=weights, seed=seed, tokenizer=tokenizer)
     path = locate(spec)
     config = _load_config(spec, path, num_labels, labels)
     _check_task(spec, config, task)

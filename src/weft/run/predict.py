@@ -1,4 +1,4 @@
-"""Answers of an adapted model: text for language models, label probabilities for classifiers of text or images.
+"""Answers of an adapted model: text, label probabilities for classifiers of text or images, or whose an image is.
 
 What a model of segmentation answers is in `segmentation.py`.
 """
@@ -41,7 +41,9 @@ class Sampling:
 
 
 def adapter_facts(adapter: Path) -> dict[str, Any]:
-    """What an adapter's folder says of itself: kind ("adapter" or "model"), base model, task, labels.
+    """What an adapter's folder says of itself: kind ("adapter" or "model"), base model, task, labels, mirror.
+
+    Without classes, and with none in labels.json, an image classifier is one for verification.
 
     Raises UsageError for a folder that holds neither an adapter nor a model.
     """
@@ -53,20 +55,23 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
         import yaml
 
         run = yaml.safe_load((adapter / RUN_FILE).read_text(encoding="utf-8")) or {}
+    mirror = bool(run.get("mirror"))
     if (adapter / "adapter_config.json").exists():
         config = _read_json(adapter / "adapter_config.json")
         base = run.get("model") or config.get("base_model_name_or_path")
         # PEFT writes the class of the base model where it has no word of its own for the task
         named = (config.get("auto_mapping") or {}).get("base_model_class") or ""
         task = "classification" if config.get("task_type") == "SEQ_CLS" else task_of_class(named)
-        return {"kind": "adapter", "base": base, "task": task, "labels": labels}
+        task = "verification" if labels == [] else task
+        return {"kind": "adapter", "base": base, "task": task, "labels": labels, "mirror": mirror}
     if (adapter / INDEX).exists():
         return {"kind": "model", "base": str(adapter), "task": "text-to-image", "labels": None}
     if (adapter / "config.json").exists():
         config = _read_json(adapter / "config.json")
         timm = "pretrained_cfg" in config  # whose configs are timm's own
         task = "image-classification" if timm else task_of_class((config.get("architectures") or [""])[0])
-        return {"kind": "model", "base": str(adapter), "task": task, "labels": labels}
+        task = "verification" if labels == [] or config.get("id2label") == {} else task
+        return {"kind": "model", "base": str(adapter), "task": task, "labels": labels, "mirror": mirror}
     unfinished = " (its run has not finished)" if (adapter / RUN_FILE).exists() else ""
     raise UsageError(f"{str(adapter)!r} holds no adapter_config.json, so it is not an adapter{unfinished}")
 
@@ -89,6 +94,7 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
     import peft  # noqa: F401 — before transformers, so that weft's adapters are known when the file names one
     import torch
 
+    from weft.run import backbones, verification
     from weft.run.models import check_safetensors, load_base
 
     facts = adapter_facts(adapter)
@@ -109,6 +115,9 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
         base.tokenizer = read(str(adapter) if (adapter / images.PROCESSOR).exists() else spec)
     if facts["kind"] == "adapter":
         base.model = attach_saved(base.model, adapter, spec)
+        backbones.judge_again(base.model, base.tokenizer)
+    if facts["task"] == "verification":
+        verification.head_of(base.model).mirror = facts["mirror"]  # type: ignore[union-attr]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base.model.to(device).eval()
     return base

@@ -47,6 +47,8 @@ def load_data(study: Study) -> tuple[Splits, Any, Exam | None]:
     rows = sources.read(
         study.data, study.task, seed=study.seed, classes=classes_of(study.model), **_reading(study)
     )
+    if rows.task == "verification":
+        raise UsageError("weft compare ranks by what adds up over rows, and pairs of images do not: use weft adapt")
     tokenizer = load_reader(study.model, rows)
     exam = _exam(study, rows, tokenizer) if study.generate else None
     splits = load_splits(study.data, study.task, tokenizer, max_length=study.max_length, seed=study.seed, rows=rows)

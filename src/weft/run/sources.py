@@ -27,6 +27,10 @@ _SPLIT_WORDS = {
 _FEW_TEXTS = 20
 
 OF_IMAGES = ("image", "mask", "captioned")  # kinds of rows that hold images
+
+# Tasks whose data is read as that of another one.
+_READ_AS = {"few-shot": "image-classification", "verification": "image-classification"}
+
 SHOTS = 5  # training images a class for few-shot, where nobody says
 
 Row = dict[str, Any]
@@ -34,7 +38,10 @@ Row = dict[str, Any]
 
 @dataclass
 class Rows:
-    """The rows of each split as the user wrote them; `held_out` says how a missing split was made, `notes` the rest."""
+    """The rows of each split as the user wrote them; `held_out` says how a missing split was made, `notes` the rest.
+
+    `purpose` is the task where the columns alone do not say it.
+    """
 
     train: list[Row]
     validation: list[Row]
@@ -43,17 +50,18 @@ class Rows:
     held_out: list[str] = field(default_factory=list)
     labels: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    purpose: str | None = None
 
     @property
     def task(self) -> str:
         """The task that the columns speak of."""
-        tasks = {
+        of_kind = {
             "classification": "classification",
             "image": "image-classification",
             "mask": "segmentation",
             "captioned": "text-to-image",
         }
-        return tasks.get(self.kind, "causal-lm")
+        return self.purpose or of_kind.get(self.kind, "causal-lm")
 
 
 def read(
@@ -75,9 +83,10 @@ def read(
         spec: a file (.txt .jsonl .json .csv .tsv .parquet, each also .gz), a folder of them, a data set on the hub
             ("name" or "name:configuration"), or "builtin:stdlib", "builtin:pydocs"; images as `run.images` reads them,
             or "builtin:digits", "builtin:digits-shifted".
-        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), "segmentation",
-            "text-to-image", or "auto": by what the rows hold, classification where there is a `label` column,
-            segmentation where a `mask`, text-to-image where an image has text.
+        task: "causal-lm", "classification", "image-classification", "few-shot" (of it), "verification" (of images
+            whose labels are identities, which may differ from split to split), "segmentation", "text-to-image", or
+            "auto": by what the rows hold, classification where there is a `label` column, segmentation where a `mask`,
+            text-to-image where an image has text.
         columns: our name → the source's name, for sources that call their columns otherwise.
         validation, test: further sources that hold these splits.
         validation_fraction, test_fraction: what is held out of train where a split is missing; 0 for none.
@@ -87,7 +96,7 @@ def read(
 
     Raises UsageError, in one sentence, for whatever cannot be read or is not usable.
     """
-    few, task = task == "few-shot", "image-classification" if task == "few-shot" else task
+    asked, task = task, _READ_AS.get(task, task)
     splits = _split_rows(spec, task)
     for name, other in (("validation", validation), ("test", test)):
         if other is not None:
@@ -104,16 +113,23 @@ def read(
     if not splits["train"]:
         raise UsageError(f"data {spec!r} holds only empty texts")
     rows = Rows(splits["train"], splits["validation"], splits["test"], kind)
+    hold_out = _hold_out
+    if asked == "verification":
+        from weft.run import verification
+
+        hold_out = verification.hold_out
     for name, fraction in (("test", test_fraction), ("validation", validation_fraction)):
         if not getattr(rows, name) and fraction > 0:
-            _hold_out(rows, name, fraction, seed, spec)
-    if kind in ("classification", "image"):
+            hold_out(rows, name, fraction, seed, spec)
+    if asked == "verification":
+        verification.number(rows, spec)
+    elif kind in ("classification", "image"):
         _number_labels(rows, spec, classes)
     if kind == "mask":
         from weft.run import segmentation
 
         segmentation.number_classes(rows, spec, classes)
-    if few:
+    if asked == "few-shot":
         _draw_shots(rows, SHOTS if shots is None else shots, seed, spec)
     return rows
 
@@ -443,20 +459,18 @@ def _number_labels(rows: Rows, spec: str, classes: Sequence[str]) -> None:
 
     Where they are the model's own `classes`, its order is kept, so that its head still says what it said.
     """
-    named = {_label_name(row["label"]) for row in rows.train}
-    try:
-        names = sorted(named, key=int)
-    except ValueError:
-        names = sorted(named)
+    named = {label_name(row["label"]) for row in rows.train}
+    names = ordered(named)
     if len(names) < 2:
         raise UsageError(f"data {spec!r} has only the label {names[0]!r} in train: nothing to tell apart")
     names = list(classes) if sorted(classes) == sorted(names) else names
     numbers = {name: number for number, name in enumerate(names)}
     for split in SPLITS:
         for row in getattr(rows, split):
-            name = _label_name(row["label"])
+            name = label_name(row["label"])
             if name not in numbers:
-                raise UsageError(f"data {spec!r}: label {name!r} of {split} never occurs in train")
+                aim = "; identities that training does not see are for --task verification" * (rows.kind == "image")
+                raise UsageError(f"data {spec!r}: label {name!r} of {split} never occurs in train{aim}")
             row["label"] = numbers[name]
     rows.labels = names
 
@@ -474,7 +488,16 @@ def _draw_shots(rows: Rows, shots: int, seed: int, spec: str) -> None:
     rows.notes.append(f"few-shot: {shots} of each of {classes} classes to train on, drawn with seed {seed}")
 
 
-def _label_name(label: Any) -> str:
+def ordered(names: set[str]) -> list[str]:
+    """Names of labels in order: as numbers where all are."""
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def label_name(label: Any) -> str:
+    """A label as it is shown and saved."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return str(label)

@@ -179,8 +179,8 @@ def request(given: dict[str, Any], path: str) -> Stream:
             raise UsageError(f"task {name!r} is text-to-image, and the tasks of a stream are text or classification")
         if not rows.test and not rows.validation:
             raise UsageError(f"task {name!r} has neither a test nor a validation split to be scored on")
-        if rows.task == "segmentation":
-            raise UsageError(f"task {name!r} is segmentation, of which there are no streams: use weft adapt for each")
+        if rows.task in ("segmentation", "verification"):
+            raise UsageError(f"task {name!r} is {rows.task}, of which there are no streams: use weft adapt for each")
         if tasks and rows.task != tasks[0].rows.task:
             raise UsageError(
                 f"task {name!r} is {rows.task} and task {tasks[0].name!r} {tasks[0].rows.task}: the tasks of a stream "

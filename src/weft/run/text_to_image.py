@@ -436,7 +436,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return stacked | {"labels": torch.tensor([row["labels"] for row in rows])}
 
 
-def summary(measured: list[tuple[int, int, float, int, int]]) -> dict[str, Any]:
+def summarise(measured: list[tuple[int, int, float, int, int]]) -> dict[str, Any]:
     """Mean square of the error, over rows and timesteps, and each row's share."""
     errors = [error for _, _, error, _, _ in measured]
     return {"loss": sum(errors) / len(errors), "rows": len(errors), "per_document": [[each, 1] for each in errors]}

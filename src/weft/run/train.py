@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
 from weft.linear._structured import Structured
-from weft.run import checkpoints
+from weft.run import checkpoints, verification
 from weft.run import methods as _methods
 from weft.run.data import Splits, collate
 from weft.run.evaluate import evaluate
@@ -159,6 +159,7 @@ def train(
         base.model,
         batches=_Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device),
         held_out=_Batches(held_out, _HELD_OUT_ROWS, splits, settings, args.device),
+        processor=base.tokenizer,
     )
     trainable = _methods.trainable(model)
     checkpoint = checkpoints.newest(output) if resume and output is not None else None
@@ -189,6 +190,7 @@ def train(
     finished = _methods.finish(method, model)
     if finished or not validation:
         validation = shared_evaluation(model, splits.validation, splits, settings)
+    verification.without_head(model)
     file_bytes, ranks = _released(model, method)
     if finished:
         ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, Structured)}
@@ -219,7 +221,11 @@ def _run(
     collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
     if splits.task != "causal-lm":
-        extra["compute_loss_func"] = getattr(splits.train, "loss", class_loss)
+        head = verification.head_of(model)  # whose margin is in the loss
+        margin = isinstance(head, verification.MarginHead)
+        extra["compute_loss_func"] = (
+            functools.partial(verification.margin_loss, head) if margin else getattr(splits.train, "loss", class_loss)
+        )
     if method.optimizer is not None:
         if not method.optimizer[0].startswith("hf:"):
             batches = _Batches(splits.train, _PREPARING_ROWS, splits, settings, args.device)
