@@ -32,8 +32,9 @@ from weft.errors import UsageError
 from weft.linear._transformers import whole_folder
 from weft.registry import card
 
-# What a run leaves beside its adapter and every form of it needs: the classes' names, and how images are prepared.
-_BESIDE = ("labels.json", "preprocessor_config.json")
+# What a run leaves beside its adapter and every form of it needs: the classes' names, what a dual encoder reads of
+# them, and how images are prepared.
+_BESIDE = ("labels.json", "prompts.json", "preprocessor_config.json")
 
 Factors = tuple[Tensor, Tensor]  # B (out × r), A (r × in), with ΔW = B·A
 
@@ -87,7 +88,12 @@ def export(
 
 def load(adapter: str | Path, model: str | None = None) -> PeftModel:
     """The adapter on its base model, in float32 unless the model's config says otherwise."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+        AutoModelForZeroShotImageClassification,
+    )
 
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists():
@@ -105,6 +111,10 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         # a head for other classes is replaced, and then read from the adapter
         kwargs |= {"ignore_mismatched_sizes": True, "config": auto_config(path, **_classes(folder))}
         base = AutoModelForImageClassification.from_pretrained(path, **kwargs)
+    elif (folder / "prompts.json").exists():  # a dual encoder, which goes by what its classes are called
+        kwargs["config"] = auto_config(path, **_classes(folder))
+        kwargs["config"].weft_prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        base = AutoModelForZeroShotImageClassification.from_pretrained(path, **kwargs)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     return PeftModel.from_pretrained(base, str(folder))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, WeftError
 from weft.run import sources
-from weft.run.adapt import LABELS_FILE, RUN_FILE
+from weft.run.adapt import LABELS_FILE, PROMPTS_FILE, RUN_FILE
 from weft.run.models import Base, task_of_class
 
 if TYPE_CHECKING:
@@ -37,13 +37,16 @@ class Sampling:
 
 
 def adapter_facts(adapter: Path) -> dict[str, Any]:
-    """What an adapter's folder says of itself: kind ("adapter" or "model"), base model, task, labels.
+    """What an adapter's folder says of itself: kind ("adapter" or "model"), base model, task, labels, and `prompts`:
+    the templates of a dual encoder's classes, or none at all where a head of its own tells them apart.
 
     Raises UsageError for a folder that holds neither an adapter nor a model.
     """
     if not adapter.is_dir():
         raise UsageError(f"adapter {str(adapter)!r} is not a folder")
-    labels = _read_json(adapter / LABELS_FILE) if (adapter / LABELS_FILE).exists() else None
+    labels, prompts = (
+        _read_json(adapter / name) if (adapter / name).exists() else None for name in (LABELS_FILE, PROMPTS_FILE)
+    )
     run: dict[str, Any] = {}
     if (adapter / RUN_FILE).exists():
         import yaml
@@ -55,12 +58,13 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
         # PEFT writes the class of the base model where it has no word of its own for the task
         named = (config.get("auto_mapping") or {}).get("base_model_class") or ""
         task = "classification" if config.get("task_type") == "SEQ_CLS" else task_of_class(named)
-        return {"kind": "adapter", "base": base, "task": task, "labels": labels}
+        headed = named.endswith("ForImageClassification")
+        return {"kind": "adapter", "base": base, "task": task, "labels": labels, "prompts": [] if headed else prompts}
     if (adapter / "config.json").exists():
         config = _read_json(adapter / "config.json")
         timm = "pretrained_cfg" in config  # whose configs are timm's own
         task = "image-classification" if timm else task_of_class((config.get("architectures") or [""])[0])
-        return {"kind": "model", "base": str(adapter), "task": task, "labels": labels}
+        return {"kind": "model", "base": str(adapter), "task": task, "labels": labels, "prompts": prompts}
     unfinished = " (its run has not finished)" if (adapter / RUN_FILE).exists() else ""
     raise UsageError(f"{str(adapter)!r} holds no adapter_config.json, so it is not an adapter{unfinished}")
 
@@ -93,9 +97,8 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
     labels, count = facts["labels"], None
     if facts["task"] != "causal-lm" and not labels:
         count = _count_labels(adapter)
-    base = load_base(
-        spec, facts["task"], dtype=torch.bfloat16 if bf16 else torch.float32, labels=labels, num_labels=count
-    )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    base = load_base(spec, facts["task"], dtype=dtype, labels=labels, num_labels=count, prompts=facts["prompts"])
     if facts["task"] == "image-classification":
         from weft.run.images import PROCESSOR, load_processor
 
