@@ -96,11 +96,11 @@ class DualEncoder(nn.Module):
     text_inputs: tuple[str, ...]
     _kept: Tensor | None = None
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+    def forward(self: Any, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """`logits`, rows × classes in float32, of images (rows × channels × height × width); `loss` with labels."""
         images, classes = self.image_embeddings(pixel_values), self.class_embeddings()
         with torch.autocast(pixel_values.device.type, enabled=False):  # at a scale of 100 a rounding would show
-            logits = self._scaled(images @ classes.mT)
+            logits = images @ classes.mT * self.logit_scale.exp() + getattr(self, "logit_bias", 0.0)
         return ImageClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
     def image_embeddings(self: Any, pixel_values: Tensor) -> Tensor:
@@ -141,11 +141,6 @@ class DualEncoder(nn.Module):
         batches = zip(*(each.split(_AT_ONCE) for each in inputs.values()))
         found = [self.get_text_features(**dict(zip(inputs, some))).pooler_output for some in batches]
         return _unit(_unit(torch.cat(found)).unflatten(0, (-1, len(self.config.weft_prompts))).mean(1))
-
-    def _scaled(self: Any, cosines: Tensor) -> Tensor:
-        if hasattr(self, "logit_scale"):
-            return cosines * self.logit_scale.exp() + getattr(self, "logit_bias", 0.0)
-        return cosines / self.temperature
 
 
 def classifier(model: Any, tokenizer: Any, spec: str) -> Any:

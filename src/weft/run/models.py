@@ -29,7 +29,6 @@ _SCRATCH = "config:"
 
 # Type of a dual encoder, of an image and a text side → the class of transformers that has both
 DUAL_ENCODERS = {
-    "align": "AlignModel",
     "altclip": "AltCLIPModel",
     "blip": "BlipModel",
     "chinese_clip": "ChineseCLIPModel",
