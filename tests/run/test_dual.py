@@ -128,6 +128,7 @@ def test_texts_are_read_in_the_graph_where_their_side_is_adapted_else_once(clip,
         adapted = methods.attach(methods.resolve("sora", {"r": 2, "target_modules": targets}), model).train()
         calls = counted(model, monkeypatch)
         for _ in range(3):
+            adapted.train()  # as Trainer does before every step
             adapted(pixel_values=pixels(), labels=torch.arange(6) % 3).loss.backward()
         assert calls == want
         trained = [p for p in adapted.parameters() if p.requires_grad]

@@ -110,7 +110,7 @@ class DualEncoder(nn.Module):
     def class_embeddings(self: Any) -> Tensor:
         """classes × dimensions, each of length one: in the graph where the text side is trained, else computed once.
 
-        Once is until the model is next put into training or evaluation, as both do at their beginning and end.
+        Once is until the model is next put into evaluation, or from there into training.
         """
         trained = any(p.requires_grad for name, p in self.named_parameters() if name.startswith("text_"))
         if trained and (self.training or torch.is_grad_enabled()):
@@ -126,7 +126,8 @@ class DualEncoder(nn.Module):
         return self._kept
 
     def train(self: Any, mode: bool = True) -> Any:
-        self._kept = None
+        if not (mode and self.training):  # Trainer says so before every step
+            self._kept = None
         return super().train(mode)
 
     def save_pretrained(self: Any, save_directory: str | Path, **more: Any) -> None:
