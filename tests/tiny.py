@@ -216,3 +216,32 @@ def save_segformer(folder: Path, classes: int = 3) -> Path:
     )  # fmt: skip
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
     return folder
+
+
+def save_clip(folder: Path, *, kind: str = "clip", size: int = 16) -> Path:
+    """A CLIP (or SigLIP) of two layers a side, saved with a word-level tokenizer and an image processor."""
+    import torch
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    known = ["<pad>", "<unk>", "<s>", "</s>", "a", "photo", "of", "drawing", ".", *CLASSES, "weft", "warp", "thread"]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    words = hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    side = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**side, "vocab_size": len(known), "max_position_embeddings": 12}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "projection_size": 16}
+    config_class, model_class = {
+        "clip": (hf.CLIPConfig, hf.CLIPModel), "siglip": (hf.SiglipConfig, hf.SiglipModel)
+    }[kind]  # fmt: skip
+    sides = {"text_config": text, "vision_config": {**side, "image_size": size, "patch_size": 8}}
+    torch.manual_seed(0)
+    model_class(config_class(**sides, projection_dim=16)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    halves = [0.5] * 3
+    shape = {"height": size, "width": size}
+    hf.ViTImageProcessorPil(size=shape, image_mean=halves, image_std=halves).save_pretrained(folder)
+    return folder

@@ -40,8 +40,9 @@ from weft.errors import UsageError
 from weft.linear._transformers import whole_folder
 from weft.registry import card
 
-# What a run leaves beside its adapter and every form of it needs: the classes' names, and how images are prepared.
-_BESIDE = ("labels.json", "preprocessor_config.json")
+# What a run leaves beside its adapter and every form of it needs: the classes' names, what a dual encoder reads of
+# them, and how images are prepared.
+_BESIDE = ("labels.json", "prompts.json", "preprocessor_config.json")
 
 Factors = tuple[Tensor, Tensor]  # B (out × r), A (r × in), with ΔW = B·A
 
@@ -104,6 +105,7 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         AutoModelForImageClassification,
         AutoModelForSemanticSegmentation,
         AutoModelForSequenceClassification,
+        AutoModelForZeroShotImageClassification,
     )
 
     folder = Path(adapter)
@@ -131,6 +133,10 @@ def load(adapter: str | Path, model: str | None = None) -> PeftModel:
         else:
             own.use_auxiliary_head = False  # as it was adapted
             base = AutoModelForSemanticSegmentation.from_pretrained(path, **kwargs)
+    elif (folder / "prompts.json").exists():  # a dual encoder, which goes by what its classes are called
+        kwargs["config"] = auto_config(path, **_classes(folder))
+        kwargs["config"].weft_prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        base = AutoModelForZeroShotImageClassification.from_pretrained(path, **kwargs)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     return PeftModel.from_pretrained(base, str(folder))

@@ -31,6 +31,7 @@ _TASKS = (
 RUN_FILE = "run.yaml"
 RESULT_FILE = "result.json"
 LABELS_FILE = "labels.json"
+PROMPTS_FILE = "prompts.json"  # the templates of a dual encoder's classes
 
 # Settings that change what is shown or written along the way, not what comes out: a resumed run may change them.
 WITHOUT_CONSEQUENCE = frozenset(
@@ -85,6 +86,18 @@ class AdaptOptions:
     validation_fraction: float = _option(0.1, "share of the training rows held out where there is no validation split")
     test_fraction: float = _option(0.0, "share of the training rows held out where there is no test split; 0: none")
     split_seed: int = _option(0, "draws the held-out rows, and the shots")
+    prompt_template: str | None = _option(
+        None,
+        "what a dual encoder such as CLIP reads of a class, 'a photo of a {}.' by default, several between |; '' puts "
+        "a head on its vision side instead",
+    )
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The templates, one by one; none at all for a head, None where nobody says."""
+        from weft.run import dual
+
+        return dual.prompts_of(self.prompt_template)
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,10 @@ def request(given: dict[str, Any]) -> Request:
     if not 0 <= options.test_fraction < 1:
         raise UsageError(f"test_fraction must be at least 0 and below 1, not {options.test_fraction}")
     _check_reporters(settings.report_to)
+    if options.prompt_template is not None:
+        from weft.run import dual
+
+        dual.prompts_of(options.prompt_template)
     return Request(options, settings, method)
 
 
@@ -279,7 +296,7 @@ def outline(run: Request, rows: Rows) -> Outline:
     from weft.run import data, images, methods, models, sources
 
     skeleton = models.load_base(
-        run.options.model or "", rows.task, labels=rows.labels, num_labels=None, weights=False
+        run.options.model or "", rows.task, labels=rows.labels, weights=False, prompts=run.options.prompts
     ).model
     if run.settings.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
         kind = type(skeleton).__name__
@@ -287,17 +304,21 @@ def outline(run: Request, rows: Rows) -> Outline:
     modules = methods.check_fits(run.method, skeleton)
     trainable = methods.count_trainable(run.method, skeleton)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
-    kept = None
+    kept, once = None, 0
+    spec = run.options.model or ""
     if rows.kind == "captioned":
-        known = data.load_reader(run.options.model or "", rows)
+        known = data.load_reader(spec, rows)
         kept = _kept_of_image(known.path, skeleton, known.latent, (), (known.tokens, known.states))
     elif rows.kind in sources.OF_IMAGES:
-        spec = run.options.model or ""
         shape = images.preparer(data.load_reader(spec, rows))(rows.train[0]["image"]).shape
         kept = _kept_of_image(spec, skeleton, shape)
         if rows.kind == "mask":  # scores at the mask's size, and their softmax
             kept += 2 * len(rows.labels or ()) * shape[1] * shape[2]
-    return Outline(modules, trainable, total, functools.partial(_memory, run, skeleton, total, trainable, kept))
+        read = getattr(skeleton, "class_embeddings", None)
+        if read is not None and (run.method.trains == "full" or any(name.startswith("text_") for name in modules)):
+            once = _kept(skeleton, read)
+    estimate = functools.partial(_memory, run, skeleton, total, trainable, kept, once)
+    return Outline(modules, trainable, total, estimate)
 
 
 def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int], *others: Sequence[int]) -> int:
@@ -305,6 +326,22 @@ def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int], *others: Sequ
 
     Other inputs than the image, of which `shape` is, go by the shapes of `others`.
     """
+    import torch
+
+    see = getattr(skeleton.eval(), "image_embeddings", skeleton)  # of a dual encoder, without the texts
+    try:
+        return _kept(skeleton, lambda: see(*(torch.empty(1, *each, device="meta") for each in (shape, *others))))
+    except NotImplementedError:
+        return 0
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise UsageError(
+            f"model {spec!r} does not take images of {' x '.join(map(str, shape))} numbers: {reason}"
+        ) from error
+
+
+def _kept(skeleton: Any, forward: Callable[[], Any]) -> int:
+    """How many numbers a forward pass keeps for the backward pass, beside the model's own."""
     import torch
 
     own = {each.untyped_storage()._cdata for each in (*skeleton.parameters(), *skeleton.buffers())}
@@ -316,21 +353,15 @@ def _kept_of_image(spec: str, skeleton: Any, shape: Sequence[int], *others: Sequ
             kept[storage._cdata] = storage.nbytes() // tensor.element_size()
         return tensor
 
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            skeleton.eval()(*(torch.empty(1, *each, device="meta") for each in (shape, *others)))
-    except NotImplementedError:
-        return 0
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-        raise UsageError(
-            f"model {spec!r} does not take images of {' x '.join(map(str, shape))} numbers: {reason}"
-        ) from error
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
     return sum(kept.values())
 
 
-def _memory(run: Request, skeleton: Any, total: int, trainable: int, kept: int | None) -> dict[str, int]:
-    """Bytes of weights, training state and activations; `kept` is how many numbers a model of images keeps of one.
+def _memory(run: Request, skeleton: Any, total: int, trainable: int, kept: int | None, once: int) -> dict[str, int]:
+    """Bytes of weights, training state and activations.
+
+    `kept` is how many numbers a model of images keeps of one, `once` of what it reads of the classes.
 
     Activations of one decoder layer are about tokens · hidden · 34 bytes at two bytes a number plus what attention
     keeps (Korthikanti et al. 2022, eq. 2, without the score matrix, which fused attention does not store).
@@ -358,7 +389,8 @@ def _memory(run: Request, skeleton: Any, total: int, trainable: int, kept: int |
             training = {"trained weights and gradients": trainable * 8, f"state of {name}": state}
     held = {"base weights": total * base_bytes, **training}
     if kept is not None:
-        return held | {"activations": kept * settings.batch_size * number}
+        held |= {"activations": kept * settings.batch_size * number}
+        return held | ({"activations of the classes' texts": once * number} if once else {})
     return held | {"activations": activations, "logits": logits}
 
 
@@ -425,7 +457,7 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
     """Make of the rows what the model takes, say what became of them, and load the base model with its weights."""
     import torch
 
-    from weft.run import data, models, verification
+    from weft.run import data, dual, models, verification
 
     tokenizer = data.load_reader(run.options.model or "", rows)
     window = window_of(run, rows, say)
@@ -440,8 +472,11 @@ def load(run: Request, rows: Rows, say: Callable[[str], None]) -> tuple[Base, An
         labels=rows.labels,
         seed=run.settings.seed,
         tokenizer=tokenizer,
+        prompts=run.options.prompts,
     )
     verification.settle(base.model, run.options)
+    if (line := dual.sentence(base.model)) is not None:
+        say(line)
     return base, splits
 
 
@@ -501,6 +536,8 @@ def run_adapt(
             # identities that were trained on are nothing to tell others by
             classes = [] if splits.task == "verification" else splits.labels
             checkpoints.write_text(output / LABELS_FILE, json.dumps(classes, ensure_ascii=False) + "\n")
+        if prompts := getattr(base.model.config, "weft_prompts", None):
+            checkpoints.write_text(output / PROMPTS_FILE, json.dumps(prompts, ensure_ascii=False) + "\n")
         checkpoints.write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")
     return facts
 

@@ -21,26 +21,33 @@ _PEFT_CONVOLUTIONS = ("boft", "dora", "hra", "ia3", "loha", "lokr", "lora", "oft
 def settle(method: Method, config: Any, model: Any) -> None:
     """Let the config train the model's head beside the adapter and, where it names no targets, adapt the backbone.
 
-    That is every linear layer and, where the method serves them, every convolution but those that read the pixels (as
-    an embedding reads tokens) and those in several groups, whose matrices have next to no rank to spare.
+    A dual encoder has no classifier, and two backbones. Adapted is every linear layer and, where the method serves
+    them, every convolution but those that read the pixels (as an embedding reads tokens) and those in several groups,
+    whose matrices have next to no rank to spare. Torch's own attention is left alone: it takes the weight of its layer
+    and does not call it.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from weft.run import verification
+    from weft.run import dual, verification
 
-    heads = models.head_names(model)
-    if verification.head_of(model) is None:  # centres of identities are no part of what is saved
-        if not hasattr(config, "modules_to_save"):
-            raise UsageError(f"{method.name} cannot train a classifier beside itself, which a model of images needs")
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
+    untouched = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    if not isinstance(model, dual.DualEncoder):
+        heads = models.head_names(model)
+        untouched += heads
+        if verification.head_of(model) is None:  # centres of identities are no part of what is saved
+            if not hasattr(config, "modules_to_save"):
+                raise UsageError(
+                    f"{method.name} cannot train a classifier beside itself, which a model of images needs"
+                )
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
     if config.target_modules != "all-linear":
         return
-    pixels = getattr(model.config, "num_channels", 3)
+    pixels = getattr(getattr(model.config, "vision_config", model.config), "num_channels", 3)
     config.target_modules = [
         name
         for name, module in model.named_modules()
-        if not f"{name}.".startswith(tuple(f"{head}." for head in heads))
+        if not f"{name}.".startswith(tuple(f"{each}." for each in untouched))
         and (
             isinstance(module, nn.Linear | Conv1D)
             or (

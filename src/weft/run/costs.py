@@ -27,7 +27,7 @@ PROMPT, NEW = 128, 32  # tokens of a timed prompt, and of what is written behind
 # --- at rest ----------------------------------------------------------------------------------------------------------
 
 
-def at_rest(spec: str, task: str, tokenizer: Any = None) -> Json:
+def at_rest(spec: str, task: str, tokenizer: Any = None, **loading: Any) -> Json:
     """`parameters`, `linear_bits` and `file_bytes` of a saved model, from its config and files alone.
 
     `linear_bits` is None for a model that another library has quantised, `file_bytes` where there are no safetensors.
@@ -36,7 +36,7 @@ def at_rest(spec: str, task: str, tokenizer: Any = None) -> Json:
 
     config = load_config(spec)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = load_base(spec, task, dtype=dtype, weights=False, tokenizer=tokenizer).model
+    model = load_base(spec, task, dtype=dtype, weights=False, tokenizer=tokenizer, **loading).model
     foreign = (getattr(config, "quantization_config", None) or {"quant_method": "weft"})["quant_method"] != "weft"
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -126,11 +126,12 @@ def _forward(_: Json, asked: Json) -> Json:
     return {"peak_bytes": seen.peak_bytes}
 
 
-def loaded(spec: str, task: str, bf16: bool, tokenizer: Any) -> Base:
+def loaded(spec: str, task: str, bf16: bool, tokenizer: Any, **loading: Any) -> Base:
     """A model ready to be evaluated, where models are run."""
     import torch
 
-    base = load_base(spec, task, dtype=torch.bfloat16 if bf16 else torch.float32, tokenizer=tokenizer)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    base = load_base(spec, task, dtype=dtype, tokenizer=tokenizer, **loading)
     base.model.to(models.device()).eval()
     return base
 

@@ -16,7 +16,7 @@ from weft.errors import UsageError, WeftError, nearest
 from weft.run import costs, evaluate, models, ranking, sources
 from weft.run.data import IGNORED, load_splits
 from weft.run.images import Images, load_processor
-from weft.run.models import Base, load_config, load_tokenizer, position_limit, task_of
+from weft.run.models import Base, lacks_names, load_config, load_tokenizer, position_limit, task_of
 
 if TYPE_CHECKING:
     import torch
@@ -89,14 +89,20 @@ def run(asked: Request, tell: Callable[[str], None] = lambda text: None) -> Json
     read = load_processor if of_images else load_tokenizer
     tokenizers = {name: read(spec) for name, spec in asked.models.items()}
     labels = _shared_labels(asked, configs) if task != "causal-lm" else None
+    loading = {name: _given_classes(config, configs, labels) for name, config in configs.items()}
     limits = [limit for spec in asked.models.values() if (limit := position_limit(spec)) is not None]
-    window = min([asked.max_length, *limits])
+    window = min([asked.max_length, *([] if of_images else limits)])
     corpora = [read_corpus(asked, spec, task, window, tokenizers, labels) for spec in asked.data]
     report: Json = {
         "task": task,
         "settings": _settings(asked, window),
         "models": {
-            name: {"name": spec, **costs.at_rest(spec, task, tokenizers[name]), "peak_bytes": None, "speed": None}
+            name: {
+                "name": spec,
+                **costs.at_rest(spec, task, tokenizers[name], **loading[name]),
+                "peak_bytes": None,
+                "speed": None,
+            }
             for name, spec in asked.models.items()
         },
         "corpora": [],
@@ -110,7 +116,10 @@ def run(asked: Request, tell: Callable[[str], None] = lambda text: None) -> Json
             tell(f"measuring the memory of {spec}")
             peak = costs.forward_peak({"model": spec, **pass_}, torch.get_num_threads())
             report["models"][name]["peak_bytes"] = peak
-    bases = {name: costs.loaded(spec, task, asked.bf16, tokenizers[name]) for name, spec in asked.models.items()}
+    bases = {
+        name: costs.loaded(spec, task, asked.bf16, tokenizers[name], **loading[name])
+        for name, spec in asked.models.items()
+    }
     for corpus in corpora:
         tell(f"evaluating on {corpus.name}")
         against = bases["against"].model if "against" in bases else None
@@ -166,14 +175,31 @@ def _shared_task(asked: Request, configs: Json) -> str:
 
 
 def _shared_labels(asked: Request, configs: Json) -> list[str]:
-    """The names of the classes, in the models' order."""
-    named = {name: [str(each) for _, each in sorted(config.id2label.items())] for name, config in configs.items()}
-    if named["model"] != named.get("against", named["model"]):
+    """The names of the classes, in the models' order; a dual encoder without classes takes those of the other."""
+    named = {
+        name: [str(each) for _, each in sorted(config.id2label.items())]
+        for name, config in configs.items()
+        if not lacks_names(config)
+    }
+    if not named:
+        raise UsageError(
+            f"{asked.model!r} is a dual encoder without classes: weft adapt --method base scores it on the data's, or "
+            "hold it against a model that was adapted to them"
+        )
+    if len(named) > 1 and named["model"] != named["against"]:
         raise UsageError(
             f"{asked.model!r} tells apart {', '.join(named['model'])} and {asked.against!r} "
             f"{', '.join(named['against'])}: their predictions cannot be compared"
         )
-    return named["model"]
+    return next(iter(named.values()))
+
+
+def _given_classes(config: Any, configs: Json, labels: list[str] | None) -> Json:
+    """What a dual encoder without classes is loaded with: the classes, and what the other model reads of them."""
+    if not lacks_names(config):
+        return {}
+    prompts = [found for each in configs.values() if (found := getattr(each, "weft_prompts", None))]
+    return {"labels": labels, "prompts": next(iter(prompts), None)}
 
 
 @dataclass(frozen=True)

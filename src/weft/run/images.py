@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PROCESSOR = "preprocessor_config.json"  # where transformers keeps how images are prepared
+_WITH_TEXT = "processor_config.json"  # or here, where a model takes texts too
 _SIDE = 224  # pixels, where neither the model nor the data says how large images are
 
 _IMAGE_WORDS, _LABEL_WORDS = ("x", "image", "images"), ("y", "label", "labels")
@@ -265,12 +266,16 @@ def load_processor(spec: str, size: tuple[int, int] | None = None) -> Any:
         own = not Path(path).is_file() and not changed & {"image_size", "num_channels"}
         if own and (
             config.model_type == "timm_wrapper"
-            or cached_file(path, PROCESSOR, _raise_exceptions_for_missing_entries=False) is not None
+            or any(
+                cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None
+                for name in (PROCESSOR, _WITH_TEXT)
+            )
         ):
             return AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise WeftError(f"the image processor of {spec!r} cannot be had: {reason}") from error
+    config = getattr(config, "vision_config", config)
     side = getattr(config, "image_size", None)
     height, width = (side, side) if isinstance(side, int) else side or size or (_SIDE, _SIDE)
     channels = getattr(config, "num_channels", 3)

@@ -6,6 +6,7 @@ fields of the config that are to be other than saved: `config:llama.json?tokeniz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,19 @@ TASKS = {
     "verification": "AutoModelForImageClassification",
 }
 IMAGE_TASKS = ("image-classification", "segmentation", "verification")  # of which the image processor is the tokenizer
+_BY_NAMES = "AutoModelForZeroShotImageClassification"
 _SCRATCH = "config:"
+
+# Type of a dual encoder, of an image and a text side → the class of transformers that has both
+DUAL_ENCODERS = {
+    "altclip": "AltCLIPModel",
+    "blip": "BlipModel",
+    "chinese_clip": "ChineseCLIPModel",
+    "clip": "CLIPModel",
+    "clipseg": "CLIPSegModel",
+    "metaclip_2": "MetaClip2Model",
+    "siglip": "SiglipModel",
+}
 
 # Fields that configs work out by themselves where they are not given: those they follow from.
 _DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "layer_types": ("num_hidden_layers",)}
@@ -133,6 +146,7 @@ def load_base(
     weights: bool = True,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Base:
     """Load a base model for a task.
 
@@ -144,6 +158,8 @@ def load_base(
         seed: draws the new classification head, so that equal seeds give equal models. A head of images for another
             number of classes is replaced by one, layer by layer where it has several.
         tokenizer: where it is loaded already; for images it is not loaded here.
+        prompts: templates for the names of a dual encoder's classes; none at all put a head on its vision side, and
+            None leaves it to the model (`dual.settle`).
 
     Raises UsageError for a name that is no model, WeftError for files that cannot be read.
     """
@@ -163,8 +179,12 @@ def load_base(
     path = locate(spec)
     config = _load_config(spec, path, num_labels, labels)
     _check_task(spec, config, task)
-    auto: Any = getattr(transformers, TASKS[task])
     of_images = task in IMAGE_TASKS
+    by_names = _goes_by_names(spec, config, task, prompts, labels)
+    auto: Any = getattr(transformers, _BY_NAMES if by_names else TASKS[task])
+    words = load_tokenizer(spec) if by_names else None
+    if by_names and from_scratch(spec):
+        _fit_vocabulary(spec, config, words)
     if getattr(config, "use_auxiliary_head", False) and task == "segmentation":
         config.use_auxiliary_head = False  # it only helps a loss of transformers' own
     if not of_images:
@@ -184,10 +204,10 @@ def load_base(
             from transformers.quantizers.auto import AutoHfQuantizer
 
             AutoHfQuantizer.from_config(config.quantization_config).preprocess_model(model)
-        return Base(model, tokenizer, spec, task)
+        return Base(_named(model, words, spec), tokenizer, spec, task)
     torch.manual_seed(seed)
     if from_scratch(spec):
-        return Base(auto.from_config(config, dtype=dtype), tokenizer, spec, task)
+        return Base(_named(auto.from_config(config, dtype=dtype), words, spec), tokenizer, spec, task)
     check_safetensors(Path(path))
     try:
         model, found = auto.from_pretrained(
@@ -202,11 +222,33 @@ def load_base(
         raise WeftError(f"cannot load the weights of {spec!r}: {_reason(error)}") from error
     if of_images:  # whatever does not fit was drawn anew, which is meant for the head alone
         drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-        heads = tuple(f"{name}." for name in head_names(model))
+        heads = () if by_names else tuple(f"{name}." for name in head_names(model))
         strange = sorted(key for key in drawn if not key.startswith(heads))
         if strange:
             raise WeftError(f"the weights of {spec!r} lack {strange[0]}, or hold it in another shape than its config")
-    return Base(model, tokenizer, spec, task)
+    return Base(_named(model, words, spec), tokenizer, spec, task)
+
+
+def _goes_by_names(
+    spec: str, config: Any, task: str, prompts: Sequence[str] | None, labels: list[str] | None
+) -> bool:
+    """Whether a model for a task tells classes apart by their names. Raises UsageError where it cannot."""
+    if task == "image-classification":
+        from weft.run import dual
+
+        return dual.settle(spec, config, prompts, labels)
+    if prompts:
+        raise UsageError(f"prompt_template is for the names of classes of images, and {spec!r} is asked for {task}")
+    return False
+
+
+def _named(model: Any, tokenizer: Any, spec: str) -> Any:
+    """The model, ready to go by the names of its classes where there is a tokenizer that reads them."""
+    if tokenizer is None:
+        return model
+    from weft.run import dual
+
+    return dual.classifier(model, tokenizer, spec)
 
 
 def check_task(spec: str, task: str) -> None:
@@ -217,6 +259,8 @@ def check_task(spec: str, task: str) -> None:
 def _check_task(spec: str, config: Any, task: str) -> None:
     import transformers
 
+    if task == "image-classification" and config.model_type in DUAL_ENCODERS:
+        return
     if type(config) not in getattr(transformers, TASKS[task])._model_mapping:
         raise UsageError(f"{spec!r} is a {config.model_type} model, which transformers has no {task} class for")
 
@@ -370,7 +414,7 @@ def task_of(config: Any) -> str:
 
 def task_of_class(name: str) -> str:
     """What a class of transformers, or of diffusers, is for, by its name."""
-    if name.endswith("ForImageClassification"):
+    if name.endswith("ForImageClassification") or name in DUAL_ENCODERS.values():
         return "image-classification"
     if name == "UNet2DConditionModel":
         return "text-to-image"
@@ -384,6 +428,11 @@ def classifier_name(model: Any) -> str:
     inner = getattr(model, "timm_model", None)
     head = inner.get_classifier() if inner is not None else getattr(model, "classifier", None)
     found = [name for name, module in model.named_modules() if module is head]
+    if not found and type(model).__name__ in DUAL_ENCODERS.values():
+        raise UsageError(
+            f"{type(model).__name__} has no head, but the names of classes: --prompt-template '' puts a head on its "
+            "vision side"
+        )
     if not found:
         raise UsageError(f"{type(model).__name__} has no classifier that could be trained beside an adapter")
     return found[0]
@@ -414,8 +463,14 @@ def classes_of(spec: str) -> list[str]:
         if text_to_image.is_pipeline(spec):  # which has a config for each of its parts
             return []
         raise
-    known = task_of(config) in IMAGE_TASKS
+    known = task_of(config) in IMAGE_TASKS and not lacks_names(config)
     return [str(name) for _, name in sorted(config.id2label.items())] if known else []
+
+
+def lacks_names(config: Any) -> bool:
+    """Whether a saved model is a dual encoder that was given no classes yet, so that it can be given any."""
+    headed = str((config.architectures or [""])[0]).endswith("ForImageClassification")
+    return config.model_type in DUAL_ENCODERS and not headed and not getattr(config, "weft_prompts", None)
 
 
 def position_limit(spec: str) -> int | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, WeftError
 from weft.run import sources
-from weft.run.adapt import LABELS_FILE, RUN_FILE
+from weft.run.adapt import LABELS_FILE, PROMPTS_FILE, RUN_FILE
 from weft.run.models import IMAGE_TASKS, Base, task_of_class
 from weft.run.text_to_image import INDEX
 
@@ -41,7 +41,8 @@ class Sampling:
 
 
 def adapter_facts(adapter: Path) -> dict[str, Any]:
-    """What an adapter's folder says of itself: kind ("adapter" or "model"), base model, task, labels, mirror.
+    """What an adapter's folder says of itself: kind ("adapter" or "model"), base model, task, labels, mirror, and
+    `prompts`: the templates of a dual encoder's classes, or none at all where a head of its own tells them apart.
 
     Without classes, and with none in labels.json, an image classifier is one for verification.
 
@@ -49,7 +50,9 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
     """
     if not adapter.is_dir():
         raise UsageError(f"adapter {str(adapter)!r} is not a folder")
-    labels = _read_json(adapter / LABELS_FILE) if (adapter / LABELS_FILE).exists() else None
+    labels, prompts = (
+        _read_json(adapter / name) if (adapter / name).exists() else None for name in (LABELS_FILE, PROMPTS_FILE)
+    )
     run: dict[str, Any] = {}
     if (adapter / RUN_FILE).exists():
         import yaml
@@ -63,7 +66,9 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
         named = (config.get("auto_mapping") or {}).get("base_model_class") or ""
         task = "classification" if config.get("task_type") == "SEQ_CLS" else task_of_class(named)
         task = "verification" if labels == [] else task
-        return {"kind": "adapter", "base": base, "task": task, "labels": labels, "mirror": mirror}
+        prompts = [] if named.endswith("ForImageClassification") else prompts
+        own = {"labels": labels, "mirror": mirror, "prompts": prompts}
+        return {"kind": "adapter", "base": base, "task": task, **own}
     if (adapter / INDEX).exists():
         return {"kind": "model", "base": str(adapter), "task": "text-to-image", "labels": None}
     if (adapter / "config.json").exists():
@@ -71,7 +76,8 @@ def adapter_facts(adapter: Path) -> dict[str, Any]:
         timm = "pretrained_cfg" in config  # whose configs are timm's own
         task = "image-classification" if timm else task_of_class((config.get("architectures") or [""])[0])
         task = "verification" if labels == [] or config.get("id2label") == {} else task
-        return {"kind": "model", "base": str(adapter), "task": task, "labels": labels, "mirror": mirror}
+        own = {"labels": labels, "mirror": mirror, "prompts": prompts}
+        return {"kind": "model", "base": str(adapter), "task": task, **own}
     unfinished = " (its run has not finished)" if (adapter / RUN_FILE).exists() else ""
     raise UsageError(f"{str(adapter)!r} holds no adapter_config.json, so it is not an adapter{unfinished}")
 
@@ -105,9 +111,8 @@ def load_adapted(model: str | None, adapter: Path, *, bf16: bool = False) -> Bas
     labels, count = facts["labels"], None
     if facts["task"] != "causal-lm" and not labels:
         count = _count_labels(adapter)
-    base = load_base(
-        spec, facts["task"], dtype=torch.bfloat16 if bf16 else torch.float32, labels=labels, num_labels=count
-    )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    base = load_base(spec, facts["task"], dtype=dtype, labels=labels, num_labels=count, prompts=facts["prompts"])
     if facts["task"] in IMAGE_TASKS:
         from weft.run import images, segmentation
 

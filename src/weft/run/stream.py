@@ -304,6 +304,7 @@ def _merge(stream: Stream, number: int) -> None:
     """Write the model with one task more in its weights, in float32, and that task's head; whole, or not at all."""
     from weft.adapters._tasks import merge_task
     from weft.linear._transformers import whole_folder
+    from weft.run import models
     from weft.run.predict import load_adapted
 
     task = stream.tasks[number - 1]
@@ -314,7 +315,11 @@ def _merge(stream: Stream, number: int) -> None:
     body = model
     if stream.kind != "causal-lm":
         body = _body(model)
-        _write_head(model, task.folder / HEAD_FILE)
+        if body is not model:
+            _write_head(model, task.folder / HEAD_FILE)
+        else:  # the templates are the task's, and the next one has its own, or those of the model
+            own = models.load_config(str(stream.first.options.model))
+            model.config.weft_prompts = getattr(own, "weft_prompts", None)
     with whole_folder(task.folder / MERGED) as folder:
         body.save_pretrained(str(folder))
         trained.tokenizer.save_pretrained(str(folder))
@@ -334,12 +339,16 @@ def _tidy(stream: Stream, number: int) -> None:
 
 
 def _body(model: Any) -> Any:
-    """A classifier without its head."""
-    return getattr(model, model.base_model_prefix)
+    """A classifier without its head; all of a model that goes by the names of classes."""
+    from weft.run.dual import DualEncoder
+
+    return model if isinstance(model, DualEncoder) else getattr(model, model.base_model_prefix)
 
 
 def _head(model: Any) -> dict[str, Any]:
     """What a classifier has beside its body, by name: nothing of it is in the merged model."""
+    if _body(model) is model:
+        return {}
     return {k: t for k, t in model.state_dict().items() if not k.startswith(f"{model.base_model_prefix}.")}
 
 
@@ -372,9 +381,9 @@ def load_model(output: str | Path, task: str) -> Base:
     if not merged or places.index(merged[-1]) < places.index(own):
         raise UsageError(f"the stream in {str(folder)!r} has not come to task {task!r} yet")
     kind = json.loads((folder / START_FILE).read_text(encoding="utf-8"))["kind"]
-    labels = own / adapt.LABELS_FILE
-    names = json.loads(labels.read_text(encoding="utf-8")) if labels.exists() else None
-    return _assembled(str(merged[-1] / MERGED), kind, head=own / HEAD_FILE, labels=names)
+    facts = {file: _read_json(own / file) for file in (adapt.LABELS_FILE, adapt.PROMPTS_FILE) if (own / file).exists()}
+    told = {"labels": facts.get(adapt.LABELS_FILE), "prompts": facts.get(adapt.PROMPTS_FILE)}
+    return _assembled(str(merged[-1] / MERGED), kind, head=own / HEAD_FILE, **told)
 
 
 def _assembled(spec: str, kind: str, *, head: Path | None, **loading: Any) -> Base:
@@ -384,9 +393,9 @@ def _assembled(spec: str, kind: str, *, head: Path | None, **loading: Any) -> Ba
     from weft.run import models
 
     base = models.load_base(spec, kind, **loading)
-    if kind != "causal-lm" and head is not None:
+    if kind != "causal-lm" and head is not None and (own := _head(base.model)):
         tensors = load_file(str(head))
-        if tensors.keys() != _head(base.model).keys():
+        if tensors.keys() != own.keys():
             raise WeftError(f"{head} does not hold the head of a {type(base.model).__name__}")
         base.model.load_state_dict(tensors, strict=False)
     return base
@@ -438,7 +447,7 @@ def _score_all(stream: Stream, number: int, tokens: _Tokens, say: Say) -> dict[s
     for place, task in enumerate(stream.tasks):
         if base is None or stream.kind != "causal-lm":
             head = task.folder / HEAD_FILE if place < number else None
-            labelled = {"labels": task.rows.labels, "seed": task.run.settings.seed}
+            labelled = {"labels": task.rows.labels, "seed": task.run.settings.seed, "prompts": task.run.options.prompts}
             base = _assembled(spec, stream.kind, head=head, **labelled, **loading)
             base.model.to(models.device())
         splits = tokens.splits[task.name]

@@ -207,7 +207,7 @@ def load(spec: str, identities: Sequence[str] | None, **loading: Any) -> models.
     Raises UsageError for a model whose classifier is not one linear layer.
     """
     # what its own classifier was does not matter, and a model without classes gets the place of one back
-    base = models.load_base(spec, "image-classification", labels=["none"], **loading)
+    base = models.load_base(spec, "image-classification", labels=["none"], prompts=[], **loading)
     within = f"{models.classifier_name(base.model)}."
     found = [
         name for name, m in base.model.named_modules() if f"{name}.".startswith(within) and isinstance(m, nn.Linear)
