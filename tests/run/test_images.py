@@ -348,6 +348,54 @@ def test_a_step_of_two_micro_batches_is_a_step_of_their_rows(resnet, tmp_path):
     assert (found[0][1] - found[1][1]).abs().max() < 1e-4
 
 
+def test_what_is_prepared_elsewhere_or_was_before_is_the_same(resnet, tmp_path, monkeypatch):
+    from weft.run.methods import resolve
+    from weft.run.settings import TrainSettings
+    from weft.run.train import train
+
+    x, y = pictures(4, 16)
+    rows = sources.read(str(write_npz(tmp_path / "d.npz", x=x, y=y, x_val=x, y_val=y)))
+    processor = data.load_reader(str(resnet), rows)
+    heads = []
+    for workers, room in ((0, 2**28), (0, 0), (1, 2**28)):
+        monkeypatch.setattr(images, "_KEPT", room)
+        splits = data.load_splits("", rows.task, processor, rows=rows)
+        base = models.load_base(str(resnet), rows.task, labels=rows.labels, tokenizer=processor)
+        settings = TrainSettings(max_steps=4, batch_size=2, learning_rate=0.1, loader_workers=workers)
+        train(base, splits, resolve("head"), settings, None, progress=False)
+        heads.append(base.model.classifier[1].weight.detach().clone())
+        assert len(splits.validation.kept) == (len(x) if room else 0)
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+
+
+def test_what_is_kept_of_a_split_has_a_limit_and_stays_with_its_rows(monkeypatch):
+    x, _ = pictures(6, 16)
+    split = images.Images([{"image": each} for each in x], torch.from_numpy, range(6))
+    monkeypatch.setattr(images, "_KEPT", 3 * x[0].nbytes)
+    for _ in range(2):
+        assert all(torch.equal(split[place]["pixel_values"], torch.from_numpy(x[place])) for place in range(6))
+    assert sorted(split.kept) == [0, 1, 2]
+    chosen = split.select([5, 0])
+    assert torch.equal(chosen[0]["pixel_values"], torch.from_numpy(x[5])) and 1 not in chosen.kept
+
+
+def test_an_image_that_another_process_finds_damaged_is_named_in_one_sentence(resnet, tmp_path):
+    from weft.run.methods import resolve
+    from weft.run.settings import TrainSettings
+    from weft.run.train import train
+
+    rows = sources.read(str(tiny.save_images(tmp_path / "d")), validation_fraction=0.25)
+    processor = data.load_reader(str(resnet), rows)
+    splits = data.load_splits("", rows.task, processor, rows=rows)
+    base = models.load_base(str(resnet), rows.task, labels=rows.labels, tokenizer=processor)
+    for row in rows.train:
+        row["image"].write_bytes(b"nothing")
+    splits.train.kept.clear()
+    settings = TrainSettings(max_steps=2, batch_size=2, loader_workers=1)
+    with pytest.raises(WeftError, match=r"^image '[^\n]*' is damaged: [^\n]*$"):
+        train(base, splits, resolve("head"), settings, None, progress=False)
+
+
 def test_what_a_model_keeps_of_an_image_is_counted_from_shapes(resnet):
     from weft.run.adapt import _kept_of_image
 

@@ -35,7 +35,7 @@ PROMPTS_FILE = "prompts.json"  # the templates of a dual encoder's classes
 
 # Settings that change what is shown or written along the way, not what comes out: a resumed run may change them.
 WITHOUT_CONSEQUENCE = frozenset(
-    ("output", "logging_steps", "eval_steps", "save_steps", "eval_batch_size", "report_to")
+    ("output", "logging_steps", "eval_steps", "save_steps", "eval_batch_size", "report_to", "loader_workers")
 )
 
 

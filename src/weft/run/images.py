@@ -10,7 +10,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PROCESSOR = "preprocessor_config.json"  # where transformers keeps how images are prepared
 _WITH_TEXT = "processor_config.json"  # or here, where a model takes texts too
+_KEPT = 2**28  # bytes of prepared images that a split keeps at most
 _SIDE = 224  # pixels, where neither the model nor the data says how large images are
 
 _IMAGE_WORDS, _LABEL_WORDS = ("x", "image", "images"), ("y", "label", "labels")
@@ -301,12 +302,13 @@ def preparer(processor: Any) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True)
 class Images:
-    """A split as Trainer and `evaluate` read it: each row is prepared when it is asked for."""
+    """A split as Trainer and `evaluate` read it: rows are prepared when asked for, and kept while there is room."""
 
     rows: Sequence[sources.Row]
     prepare: Callable[[Any], Any]
     documents: Sequence[int]
     column_names: tuple[str, ...] = ("pixel_values", "labels", "document")
+    kept: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -314,11 +316,20 @@ class Images:
     def __getitem__(self, place: int) -> dict[str, Any]:
         row = self.rows[place]
         label = {"labels": row["label"]} if "label" in row else {}
-        return {"pixel_values": self.prepare(row["image"]), **label, "document": self.documents[place]}
+        return {"pixel_values": self.pixels(place), **label, "document": self.documents[place]}
+
+    def pixels(self, place: int) -> Any:
+        """A row's image as the model takes it, channels × height × width."""
+        found = self.kept.get(place)
+        if found is None:
+            found = self.prepare(self.rows[place]["image"])
+            if (len(self.kept) + 1) * found.nbytes <= _KEPT:
+                self.kept[place] = found
+        return found
 
     def select(self, places: Sequence[int]) -> Images:
         rows, documents = [self.rows[place] for place in places], [self.documents[place] for place in places]
-        return replace(self, rows=rows, documents=documents)
+        return replace(self, rows=rows, documents=documents, kept={})
 
 
 def images(rows: Sequence[sources.Row], processor: Any) -> Images:

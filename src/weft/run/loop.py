@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from weft.compress._distil import Distilling
 from weft.errors import UsageError, WeftError
 from weft.run import checkpoints, evaluate
-from weft.run.data import Splits, collate
+from weft.run.data import Splits
 from weft.run.progress import Progress
 from weft.run.settings import TrainSettings
 from weft.steps import adopt_state, controllers
@@ -62,10 +62,12 @@ class StepTrainer(Distilling, Trainer):
     lr_scheduler: Any
     adalora: AdaLora | None = None
     noised: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None  # what a step's rows come to
+    count: Callable[[dict[str, Any]], None]  # is told of each micro-batch
     _micro = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         torch.manual_seed(seed_of(self.args.seed, self.state.global_step, self._micro, self.args.process_index))
+        self.count(inputs)
         if self.noised is not None:
             inputs = self.noised(inputs, self.args.seed, self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -156,6 +158,12 @@ class Watch(TrainerCallback):
             self._save(self.output, step)
 
     # --- what they do ---
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """Take note of the tokens, or images, of a micro-batch, for the speed that is shown."""
+        if self.progress:
+            counted = batch["attention_mask"].sum() if "attention_mask" in batch else len(batch["labels"])
+            self.progress.count(int(counted) * self.trainer.args.world_size)
 
     def _worth(self) -> int:
         """Steps that go through as many rows as one evaluation."""
@@ -253,14 +261,6 @@ def shared_evaluation(model: nn.Module, dataset: Any, splits: Splits, settings: 
         torch.distributed.all_gather_object(parts, own)
         own = sorted(row for part in parts for row in part)
     return evaluate.summarise(own, splits.task)
-
-
-def collate_counting(rows: list[dict[str, Any]], watch: Watch, pad_token_id: int) -> dict[str, torch.Tensor]:
-    batch = collate(rows, pad_token_id)
-    if watch.progress:
-        counted = batch["attention_mask"].sum() if "attention_mask" in batch else len(rows)
-        watch.progress.count(int(counted) * watch.trainer.args.world_size)
-    return batch
 
 
 class StopOnSignal:

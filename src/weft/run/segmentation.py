@@ -263,7 +263,7 @@ class Masks(images.Images):
         from torch.nn.functional import interpolate
 
         row = self.rows[place]
-        pixels = self.prepare(row["image"])
+        pixels = self.pixels(place)
         mask = torch.from_numpy(class_numbers(row))
         if not self.whole:
             mask = interpolate(mask[None, None].float(), pixels.shape[1:], mode="nearest-exact")[0, 0].long()

@@ -43,6 +43,7 @@ class TrainSettings:
     logging_steps: int = _setting(10, "steps between rows of metrics.jsonl")
     eval_batch_size: int | None = _setting(None, "rows a batch of evaluation; none takes batch_size")
     gradient_checkpointing: bool = _setting(False, "recompute activations to save memory")
+    loader_workers: int = _setting(0, "processes that prepare training rows beside the model; images may need some")
     report_to: tuple[str, ...] = _setting((), "HF's reporting integrations: tensorboard, wandb, ...")
 
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{name} must not be below 0, not {value}")
+        if self.loader_workers < 0:
+            raise UsageError(f"loader_workers must not be below 0, not {self.loader_workers}")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise UsageError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
         if self.max_length < 2:
@@ -128,6 +131,7 @@ def _arguments(settings: TrainSettings, output: Path | None, chosen: dict[str, A
         remove_unused_columns=False,
         **chosen,
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=settings.loader_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         log_level="error",
     )

@@ -30,7 +30,6 @@ from weft.run.loop import (
     StepTrainer,
     StopOnSignal,
     Watch,
-    collate_counting,
     shared_evaluation,
 )
 from weft.run.measure import state_bytes
@@ -218,7 +217,7 @@ def _run(
     teach: Teach | None = None,
 ) -> StepTrainer:
     """Run Trainer's loop with `watch` beside it; the trainer after its last step."""
-    collator = functools.partial(collate_counting, watch=watch, pad_token_id=splits.pad_token_id)
+    collator = functools.partial(collate, pad_token_id=splits.pad_token_id)
     extra: dict[str, Any] = {}
     if splits.task != "causal-lm":
         head = verification.head_of(model)  # whose margin is in the loss
@@ -244,7 +243,7 @@ def _run(
     trainer.objective = teach(model) if teach is not None else None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UsageError("weft adapt runs several processes by DDP: launch it without FSDP and DeepSpeed")
-    watch.trainer = trainer
+    watch.trainer, trainer.count = trainer, watch.count
     trainer.adalora = AdaLora.of(model, total_steps(splits, args))
     if trainer.adalora is not None:
         trainer.add_callback(trainer.adalora)
@@ -254,6 +253,11 @@ def _run(
     with StopOnSignal(watch):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except WeftError as error:  # one of a loader's process comes with that process's traceback around it
+            _, wrapped, sentence = str(error).rpartition("weft.errors.WeftError: ")
+            if not wrapped:
+                raise
+            raise WeftError(sentence.strip()) from error
         finally:
             if watch.progress:
                 watch.progress.stop()
