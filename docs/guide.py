@@ -186,16 +186,16 @@ def _scores(found: Sequence[Study]) -> tuple[list[str], list[list[str]]]:
         shown = _score(study, study.methods[name].score)
         return f"**{shown}**" if study.methods[name].beaten == 0 else shown
 
-    rows = [
-        [_linked(name), *(cell(study, name) for study in found), f"{_mean_beaten(name, found):.0%}"]
-        for name in _names(found)
-    ]
+    def share(name: str) -> str:
+        return f"{100 * _mean_beaten(name, found):.0f}\N{NO-BREAK SPACE}%"
+
+    rows = [[_linked(name), *(cell(study, name) for study in found), share(name)] for name in _names(found)]
     rows += [[f"*{name}*", *(cell(study, name) for study in found), ""] for name in ("full", "head", "base")]
     return ["method", *(study.name for study in found), "surely better"], rows
 
 
 def _score(study: Study, value: float) -> str:
-    return f"{value:.3f}" if study.metric == "loss" else f"{100 * value:.1f} %"
+    return f"{value:.3f}" if study.metric == "loss" else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _linked(name: str) -> str:
