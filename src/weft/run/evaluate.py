@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from weft.run import segmentation
 from weft.run.data import IGNORED, collate
 
 if TYPE_CHECKING:
@@ -27,11 +26,11 @@ def evaluate(
     Returns:
         For a language model `loss` (nats a token over all tokens that carry loss), `perplexity`, `tokens` and
         `per_document`: [sum of nats, tokens] of each document. For classification `loss` (nats a row), `accuracy`,
-        `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. For text-to-image `loss` (mean square
-        of the error), `rows` and `per_document`: [that of the row, 1]. Less is better in all, and a document's two
-        numbers add up over documents. For segmentation and verification what their `summarise` says.
+        `matthews`, `rows` and `per_document`: [1 if wrong else 0, 1] of each row. Less is better in both, and a
+        document's two numbers add up over documents. Of other tasks what their splits say: masks, identities, noise.
     """
-    return summarise(measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16), task)
+    found = measure_rows(model, dataset, batch_size, range(len(dataset)), pad_token_id, bf16)
+    return metrics(dataset, found, task)
 
 
 def measure_rows(
@@ -42,14 +41,21 @@ def measure_rows(
     pad_token_id: int = 0,
     bf16: bool = False,
 ) -> list[tuple[int, int, float, int, int]]:
-    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1), or of a mask.
+    """One entry a row: (row, document, sum of nats, tokens or predicted class, true class or -1).
 
-    A split that says itself how a model is measured on it is asked.
+    A split that says itself how a model is measured on it is asked; its entries begin with the row too.
     """
     if hasattr(dataset, "measure"):
         return dataset.measure(model, batch_size, rows, bf16)
     batches = over_batches(measure_batch, [model], dataset, batch_size, rows, pad_token_id, bf16)
     return sorted(itertools.chain.from_iterable(batches))
+
+
+def metrics(dataset: Any, measured: list[Any], task: str) -> dict[str, Any]:
+    """What `measure_rows` found on a split, as its own metrics or those of text and classes; nothing of nothing."""
+    if measured and hasattr(dataset, "summarise"):
+        return dataset.summarise(measured)
+    return summarise(measured, task)
 
 
 def over_batches(
@@ -103,8 +109,6 @@ def measure_batch(
     """The entries of `measure_rows` for one batch."""
     from torch.nn.functional import cross_entropy
 
-    if labels.dim() == 3:
-        return segmentation.measure(rows, documents, labels, logits)
     if labels.dim() == 1:  # classes: logits (rows, classes), labels (rows,)
         nats = cross_entropy(logits.float(), labels, reduction="none").tolist()
         predicted = logits.argmax(-1).tolist()
@@ -116,15 +120,9 @@ def measure_batch(
 
 
 def summarise(measured: list[tuple[int, int, float, int, int]], task: str) -> dict[str, Any]:
-    """The metrics of `evaluate` from what `measure_rows` found; an empty split gives an empty answer."""
+    """The metrics of text or classes from what `measure_rows` found; an empty split gives an empty answer."""
     if not measured:
         return {}
-    if task == "segmentation":
-        return segmentation.summarise(measured)
-    if task in ("text-to-image", "verification"):
-        from weft.run import text_to_image, verification
-
-        return (text_to_image if task == "text-to-image" else verification).summarise(measured)
     if task != "causal-lm":
         pairs = [(predicted, true) for _, _, _, predicted, true in measured]
         wrong = [int(predicted != true) for predicted, true in pairs]

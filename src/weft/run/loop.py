@@ -260,7 +260,7 @@ def shared_evaluation(model: nn.Module, dataset: Any, splits: Splits, settings: 
         parts: list[Any] = [None] * world
         torch.distributed.all_gather_object(parts, own)
         own = sorted(row for part in parts for row in part)
-    return evaluate.summarise(own, splits.task)
+    return evaluate.metrics(dataset, own, splits.task)
 
 
 class StopOnSignal:

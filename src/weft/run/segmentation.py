@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +22,11 @@ import numpy as np
 from weft.errors import UsageError
 from weft.run import images, sources
 from weft.run.data import IGNORED
+from weft.run.evaluate import over_batches
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from weft.run.models import Base
 
@@ -257,6 +260,13 @@ class Masks(images.Images):
 
     whole: bool = False
     loss = staticmethod(pixel_loss)
+
+    def measure(self, model: nn.Module, batch_size: int, rows: Sequence[int], bf16: bool = False) -> Measured:
+        batches = over_batches(measure, [model], self, batch_size, rows, bf16=bf16)
+        return sorted(itertools.chain.from_iterable(batches))
+
+    def summarise(self, measured: Measured) -> dict[str, Any]:
+        return summarise(measured)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         import torch

@@ -423,6 +423,11 @@ class Noised:
             model.train(was_training)
         return sorted(found)
 
+    def summarise(self, measured: list[tuple[int, int, float, int, int]]) -> dict[str, Any]:
+        """`loss`: mean square of the error over rows and timesteps; `rows`; `per_document`: [that of the row, 1]."""
+        errors = [error for _, _, error, _, _ in measured]
+        return {"loss": sum(errors) / len(errors), "rows": len(errors), "per_document": [[each, 1] for each in errors]}
+
     def _latent(self) -> tuple[int, ...]:
         channels, *sides = self.posteriors.shape[1:]
         return channels // 2, *sides
@@ -434,12 +439,6 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     stacked = {name: torch.stack([row[name] for row in rows]) for name in ("posterior", "prompt")}
     return stacked | {"labels": torch.tensor([row["labels"] for row in rows])}
-
-
-def summarise(measured: list[tuple[int, int, float, int, int]]) -> dict[str, Any]:
-    """Mean square of the error, over rows and timesteps, and each row's share."""
-    errors = [error for _, _, error, _, _ in measured]
-    return {"loss": sum(errors) / len(errors), "rows": len(errors), "per_document": [[each, 1] for each in errors]}
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -262,6 +262,9 @@ class Identities(images.Images):
     def measure(self, model: nn.Module, batch_size: int, rows: Sequence[int], bf16: bool = False) -> list[Any]:
         return measure_rows(model, self, batch_size, rows, bf16)
 
+    def summarise(self, measured: list[Any]) -> dict[str, Any]:
+        return summarise(measured)
+
 
 def splits(rows: sources.Rows, processor: Any) -> dict[str, Identities]:
     """Each split of the rows, an image a document."""
