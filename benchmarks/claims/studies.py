@@ -46,6 +46,7 @@ COMMANDS = {
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
     "maestro": "python benchmarks/maestro.py --data-dir DIR",
     "trp": "python benchmarks/trp.py --data-dir DIR",
+    "faces": "python benchmarks/verification.py --data-dir DIR",
     "graphs": "python benchmarks/sst_graphs.py --data-dir DIR",
 }
 MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
@@ -129,12 +130,23 @@ def graphs() -> Iterator[tuple[str, Line]]:
             yield "graphs", Line("sst", f"{one} above {other}", f"{problem}, {score}: {shown}", word)
 
 
+def faces() -> Iterator[tuple[str, Line]]:
+    import verification
+
+    if not verification.OUT.exists():
+        return
+    first = json.loads(verification.OUT.read_text(encoding="utf-8").splitlines()[0])
+    rows = verification.Rows(verification.OUT, first["settings"])
+    for claim, word, apart in verification.claims(verification.chosen(rows, len({row["seed"] for row in rows.rows}))):
+        yield "faces", Line("petalface", claim, told(*apart, "points" if claim.endswith("TAR") else ""), word)
+
+
 def page() -> Iterator[str]:
     """The part of the ledger that is measured on real models."""
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
     yield "is better but has twice the dense model's perplexity is *collapsed*."
-    for run in (trained, compressed, convolutions, cut, pruned, graphs):
+    for run in (trained, compressed, convolutions, cut, pruned, graphs, faces):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
