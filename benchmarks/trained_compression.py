@@ -81,6 +81,7 @@ PAIRS = [
     ("dsformer", "dsformer, fixed places"),
 ]
 HELD_OUT, CENTRE, OUT = {"prose7m": 32, "sst2": 400, "mrpc": 200}, 3e-4, arms.RESULTS / "trained"
+STEPS = 100
 SCORES = {"prose7m": ("wikitext2", "c4"), "sst2": ("accuracy",), "mrpc": ("accuracy",)}
 COMPARED = Path(__file__).parents[1] / "docs" / "results" / "trained"
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "trained.svg"
@@ -284,7 +285,7 @@ def verdicts(mine: dict[str, list[arms.Row]], scores: tuple[str, ...]) -> Iterat
             yield one, other, score, "collapsed" if collapsed(mine, one, score) else word, shown
 
 
-def study_of(steps: int, seeds: int, problems: tuple[str, ...] = PROBLEMS, out: Path = OUT) -> arms.Study:
+def study_of(steps: int = STEPS, seeds: int = 3, problems: tuple[str, ...] = PROBLEMS, out: Path = OUT) -> arms.Study:
     names = [f"{problem} keep {keep}" for problem in problems for keep in KEEPS]
     still = [arm for arm, (_, teaches, _) in ARMS.items() if teaches is None]
     return arms.Study(out / "runs.jsonl", names, list(ARMS), seeds, CENTRE, {"rate": steps // 4, "test": steps}, still)
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--only", choices=PROBLEMS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of a tested run; a quarter of them try a rate")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a tested run; a quarter of them try a rate")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--time", action="store_true", help="times alone")
