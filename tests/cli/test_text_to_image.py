@@ -225,7 +225,7 @@ def test_what_predict_and_export_do_not_take_is_refused(weft, refuse, words, ada
     assert not (tmp_path / "drawn").exists() and not (tmp_path / "lora").exists()
     assert weft(*adapt_words(tmp_path / "text", "--r", 2, steps=1))[0] == 0
     text = ("predict", "--adapter", tmp_path / "text", "--prompt", "x")
-    refuse(2, *text, "--steps", 3, says=("--steps is for images that are drawn",))
+    refuse(2, *text, "--steps", 3, says=("--steps is for text-to-image",))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ import typer
 
 from weft.errors import UsageError
 
+# Options that answer one task
+_TASKS = {"masks": "segmentation", "gallery": "verification", "steps": "text-to-image", "guidance": "text-to-image"}
+
 
 def command(
     adapter: Annotated[Path, typer.Option(help="Folder that weft adapt (or PEFT) saved.")],
@@ -89,6 +92,9 @@ def command(
     if score:
         _check_score(data)
     facts = _predict.adapter_facts(adapter)
+    for name, value in {"masks": masks, "gallery": gallery, "steps": steps, "guidance": guidance}.items():
+        if value is not None and facts["task"] != _TASKS[name]:
+            raise UsageError(f"--{name} is for {_TASKS[name]}, and {str(adapter)!r} is for {facts['task']}")
     if facts["task"] == "text-to-image":
         if score or output is None:
             missing = "--output is missing: a new folder for the images"
@@ -97,30 +103,25 @@ def command(
         prompts = prompt or _captions(_rows(str(data), split, columns), str(data))
         _draw(model, adapter, prompts[:limit], given, batch_size, output, bf16)
         return
-    if steps is not None or guidance is not None:
-        name = "steps" if steps is not None else "guidance"
-        raise UsageError(f"--{name} is for images that are drawn, and {str(adapter)!r} draws none")
     if score and facts["task"] != "causal-lm":
         raise UsageError(f"--score is for text, and {str(adapter)!r} classifies")
     rows = [{"text": text} for text in prompt or []]
     if data:
         rows = _rows(data, split, columns)
-    of_images, segments = facts["task"] in IMAGE_TASKS, facts["task"] == "segmentation"
-    if masks is not None and not segments:
-        raise UsageError(f"--masks is for models of segmentation, and {str(adapter)!r} is one of {facts['task']}")
+    of_images = facts["task"] in IMAGE_TASKS
     if prompt and of_images:
         raise UsageError(f"--prompt is for text, and {str(adapter)!r} answers images: give --data")
     if rows and of_images != ("image" in rows[0]):
         kind = "images" if of_images else "text"
         raise UsageError(f"{str(adapter)!r} answers {kind}, and data {data!r} has {', '.join(map(str, rows[0]))}")
-    known = _gallery(facts["task"], gallery, output, adapter, columns)
+    known = _gallery(gallery, output, adapter, columns) if facts["task"] == "verification" else None
     if score and data:
         _check_references(rows, data)
         base = _predict.load_adapted(model, adapter, bf16=bf16)
         _write(_scored(base, rows, limit, sampling, batch_size, derive=max_new_tokens is None), output)
         return
     rows = rows[:limit]
-    if segments:
+    if facts["task"] == "segmentation":
         _segment(adapter, model, rows, facts["labels"], masks, output, bf16=bf16, batch_size=batch_size)
         return
     base = _predict.load_adapted(model, adapter, bf16=bf16)
@@ -207,13 +208,11 @@ def _rows(data: str, split: str, columns: str | None) -> list[dict[str, Any]]:
 
 
 def _gallery(
-    task: str, gallery: str | None, output: Path | None, adapter: Path, columns: str | None
+    gallery: str | None, output: Path | None, adapter: Path, columns: str | None
 ) -> list[dict[str, Any]] | None:
-    """The known images, each with its identity; None where embeddings are asked for, or other answers."""
-    if gallery and task != "verification":
-        raise UsageError(f"--gallery is for verification, and {str(adapter)!r} is for {task}")
+    """The known images, each with its identity; None where embeddings are asked for."""
     embeds = output is not None and output.suffix == ".npz"
-    if task == "verification" and bool(gallery) == embeds:
+    if bool(gallery) == embeds:
         raise UsageError(
             f"{str(adapter)!r} embeds images: give --gallery, a folder an identity, to name each image's nearest, or "
             "--output FILE.npz to keep the embeddings"
