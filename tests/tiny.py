@@ -39,6 +39,11 @@ def result(output: Path) -> dict:
     return json.loads((output / "result.json").read_text(encoding="utf-8"))
 
 
+def answers(out: str) -> list[dict]:
+    """The JSON lines that `weft predict` wrote."""
+    return [json.loads(line) for line in out.splitlines()]
+
+
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Sentences of the loom, drawn by seed."""
     import random

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -83,3 +84,38 @@ def adapt_words(llama, corpus):
         return [str(word) for word in [*basic, *quick, *more]]
 
     return words
+
+
+@pytest.fixture
+def gone_on(weft, tmp_path, monkeypatch):
+    """Run a command whole, and again with a stop behind its second checkpoint: both come to the same, bit for bit.
+
+    It is given the command's words by output folder; the two folders come back.
+    """
+
+    def call(words: Callable[[Path], list]) -> tuple[Path, Path]:
+        from weft.run import checkpoints
+
+        whole, other = tmp_path / "whole", tmp_path / "out"
+        assert weft(*words(whole))[0] == 0
+        saved, real = [], checkpoints.save
+
+        def dying(*given):
+            made = real(*given)
+            saved.append(made)
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, "save", dying)
+            assert weft(*words(other))[0] == 1
+        assert not (other / "result.json").exists()
+        assert weft(*words(other))[0] == 0
+        (weights,) = whole.glob("*model.safetensors")
+        assert weights.read_bytes() == (other / weights.name).read_bytes()
+        short = [tiny.result(each) for each in (whole, other)]
+        assert short[0]["validation"] == short[1]["validation"] and short[0]["test"] == short[1]["test"]
+        return whole, other
+
+    return call

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from tiny import answers
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,6 @@ def words(clip, pictures):
         return [*basic, "--max-steps", steps, "--batch-size", 4, "--learning-rate", 0.02, "--save-steps", 2, *more]
 
     return call
-
-
-def answers(out: str) -> list[dict]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +75,8 @@ def test_the_base_is_what_evaluation_holds_it_against(trained, weft, words, tmp_
 
 
 @pytest.mark.parametrize("method", ["codyra", "full"])
-def test_stopped_and_gone_on_is_uninterrupted(method, weft, words, tmp_path, monkeypatch):
-    from weft.run import checkpoints
-
-    assert weft(*words(tmp_path / "whole", method=method))[0] == 0
-    saved, real = [], checkpoints.save
-
-    def dying(*given):
-        made = real(*given)
-        saved.append(made)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(checkpoints, "save", dying)
-    assert weft(*words(tmp_path / "out", method=method))[0] == 1
-    monkeypatch.undo()
-    assert weft(*words(tmp_path / "out", method=method))[0] == 0
-    (weights,) = (tmp_path / "whole").glob("*model.safetensors")
-    assert weights.read_bytes() == (tmp_path / "out" / weights.name).read_bytes()
-    assert tiny.result(tmp_path / "whole")["test"] == tiny.result(tmp_path / "out")["test"]
+def test_stopped_and_gone_on_is_uninterrupted(method, words, gone_on):
+    gone_on(lambda output: words(output, method=method))
 
 
 def test_a_whole_model_is_saved_with_its_tokenizer_and_its_classes(weft, words, pictures, tmp_path):

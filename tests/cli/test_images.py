@@ -8,6 +8,7 @@ import pytest
 import tiny
 import yaml
 from PIL import Image
+from tiny import answers
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,6 @@ def words(resnet, pictures):
         return [*basic, "--max-steps", steps, "--batch-size", 4, "--learning-rate", 0.02, "--save-steps", 2, *more]
 
     return call
-
-
-def answers(out: str) -> list[dict]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_an_adapter_from_a_folder_answers_and_is_exported(weft, words, pictures, tmp_path):
@@ -97,31 +94,11 @@ def test_arrays_and_files_are_one_run(weft, words, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "head", "peft:lora", "sora"])
-def test_stopped_and_gone_on_is_uninterrupted(method, weft, words, tmp_path, monkeypatch):
+def test_stopped_and_gone_on_is_uninterrupted(method, words, gone_on):
     """Bit for bit, the statistics of batch norms under full training included."""
-    from weft.run import checkpoints
-
-    assert weft(*words(tmp_path / "whole", method=method))[0] == 0
-    saved, real = [], checkpoints.save
-
-    def dying(*given):
-        made = real(*given)
-        saved.append(made)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(checkpoints, "save", dying)
-    assert weft(*words(tmp_path / "out", method=method))[0] == 1
-    monkeypatch.undo()
-    assert not (tmp_path / "out" / "result.json").exists()
-    assert weft(*words(tmp_path / "out", method=method))[0] == 0
+    whole, other = gone_on(lambda output: words(output, method=method))
     state = "checkpoint-6/training_state.safetensors"
-    assert (tmp_path / "out" / state).read_bytes() == (tmp_path / "whole" / state).read_bytes()
-    (weights,) = (tmp_path / "whole").glob("*model.safetensors")
-    assert weights.read_bytes() == (tmp_path / "out" / weights.name).read_bytes()
-    short = [tiny.result(tmp_path / name) for name in ("whole", "out")]
-    assert short[0]["validation"] == short[1]["validation"] and short[0]["test"] == short[1]["test"]
+    assert (other / state).read_bytes() == (whole / state).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["head", "full"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from tiny import answers
 
 pytest.importorskip("diffusers")
 
@@ -34,10 +35,6 @@ def words(unet, scans):
         return [*basic, "--max-steps", steps, "--batch-size", 3, "--learning-rate", 0.02, "--save-steps", 2, *more]
 
     return call
-
-
-def answers(out: str) -> list[dict]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def pixels(folder) -> dict[str, np.ndarray]:
@@ -77,30 +74,9 @@ def test_a_unet_is_adapted_answers_with_masks_and_is_exported(weft, words, scans
 
 
 @pytest.mark.parametrize("method, model", [("full", "segformer"), ("peft:lora", "segformer"), ("salt", "unet")])
-def test_stopped_and_gone_on_is_uninterrupted(method, model, weft, words, tmp_path, monkeypatch, request):
+def test_stopped_and_gone_on_is_uninterrupted(method, model, words, gone_on, request):
     """Bit for bit, the statistics of the head's batch norm included."""
-    from weft.run import checkpoints
-
-    own = {"method": method, "model": request.getfixturevalue(model)}
-    assert weft(*words(tmp_path / "whole", **own))[0] == 0
-    saved, real = [], checkpoints.save
-
-    def dying(*given):
-        made = real(*given)
-        saved.append(made)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(checkpoints, "save", dying)
-    assert weft(*words(tmp_path / "out", **own))[0] == 1
-    monkeypatch.undo()
-    assert not (tmp_path / "out" / "result.json").exists()
-    assert weft(*words(tmp_path / "out", **own))[0] == 0
-    (weights,) = (tmp_path / "whole").glob("*model.safetensors")
-    assert weights.read_bytes() == (tmp_path / "out" / weights.name).read_bytes()
-    short = [tiny.result(tmp_path / name) for name in ("whole", "out")]
-    assert short[0]["validation"] == short[1]["validation"] and short[0]["test"] == short[1]["test"]
+    gone_on(lambda output: words(output, method=method, model=request.getfixturevalue(model)))
 
 
 def test_a_model_of_other_classes_gets_a_head_and_is_saved_whole(weft, words, segformer, scans, tmp_path):

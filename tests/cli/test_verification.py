@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from tiny import answers
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,6 @@ def words(resnet, people):
         return [*basic, *quick, "--output", output, *more]
 
     return call
-
-
-def answers(out: str) -> list[dict]:
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_an_adapter_says_whose_images_are_and_is_exported(weft, refuse, words, people, tmp_path):

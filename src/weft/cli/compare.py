@@ -408,8 +408,10 @@ def _label(row: Row) -> str:
 def _score(row: Row) -> str:
     if row["phase"] == "measure":
         return f": {row['step_seconds']:.3g} s a step" if row["step_seconds"] else ""
+    from weft.report.study import headline
+
     metrics = row["test"] or row["validation"] or {}
-    name = next((each for each in ("dice", "accuracy") if each in metrics), "loss")
+    name = headline([metrics]).key
     shown = f": {'test' if row['test'] else 'validation'} {name} {metrics[name]:.4g}" if name in metrics else ""
     if row.get("generation"):
         shown += ", BLEU {bleu:.1f}, ROUGE-L {rouge_l:.1f}".format_map(row["generation"])

@@ -252,10 +252,9 @@ def _image_splits(rows: sources.Rows, processor: Any) -> Splits:
 
     if rows.kind == "mask":
         made: dict[str, Any] = segmentation.splits(rows, processor)
-    elif rows.task == "verification":
-        made = verification.splits(rows, processor)
     else:
-        made = {name: images.images(getattr(rows, name), processor) for name in sources.SPLITS}
+        kind = verification.Identities if rows.task == "verification" else images.Images
+        made = {name: images.images(getattr(rows, name), processor, kind) for name in sources.SPLITS}
     shape = " x ".join(map(str, made["train"][0]["pixel_values"].shape))
     notes = [*(f"held out for {line}" for line in rows.held_out), *rows.notes]
     notes.append(f"images reach the model as {shape} numbers")

@@ -332,6 +332,6 @@ class Images:
         return replace(self, rows=rows, documents=documents, kept={})
 
 
-def images(rows: Sequence[sources.Row], processor: Any) -> Images:
-    """Rows as a split, each a document of its own."""
-    return Images(rows, preparer(processor), range(len(rows)))
+def images(rows: Sequence[sources.Row], processor: Any, kind: type[Images] = Images) -> Images:
+    """Rows as a split of a kind, each a document of its own."""
+    return kind(rows, preparer(processor), range(len(rows)))

@@ -266,13 +266,6 @@ class Identities(images.Images):
         return summarise(measured)
 
 
-def splits(rows: sources.Rows, processor: Any) -> dict[str, Identities]:
-    """Each split of the rows, an image a document."""
-    prepare = images.preparer(processor)
-    parts = {name: getattr(rows, name) for name in sources.SPLITS}
-    return {name: Identities(part, prepare, range(len(part))) for name, part in parts.items()}
-
-
 def summarise(measured: list[Any]) -> dict[str, Any]:
     """The metrics of what `measure_rows` found.
 
