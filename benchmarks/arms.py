@@ -169,6 +169,16 @@ def order(one: Sequence[Row], other: Sequence[Row], score: str, higher: bool = T
     return "holds" if ends[0] > 0 else "reversed" if ends[1] < 0 else "tie", shown
 
 
+def orders(
+    tested: Mapping[tuple[str, str], Sequence[Row]], pairs: Collection[tuple[str, str]], score: str
+) -> Iterator[tuple[str, str, str, str, str]]:
+    """Of each problem and pair of arms that are tested on it: both, and which is better; higher scores are."""
+    for problem in dict.fromkeys(problem for problem, _ in tested):
+        for one, other in pairs:
+            if (problem, one) in tested and (problem, other) in tested:
+                yield problem, one, other, *order(tested[problem, one], tested[problem, other], score)
+
+
 def close(one: Sequence[Row], other: Sequence[Row], score: str, higher: bool = True) -> tuple[str, str]:
     """Whether the first reaches the second, to two deviations over its seeds or 1 %: holds or reversed; and the gap."""
     a, b = (np.array([row["scores"][score] for row in rows]) for rows in (one, other))

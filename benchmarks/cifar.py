@@ -1,6 +1,7 @@
 """CIFAR-10's residual networks, the weights that were trained for them, and the images they are tried on.
 
-DIR holds models/resnet_cifar10 and cifar10_subset: 2000 training and 1000 test images.
+DIR holds models/resnet_cifar10 and cifar10_subset: 2000 training and 1000 test images, and as many that went through
+JPEG.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def trained(folder: Path, name: str) -> ResNet:
     return model.eval()
 
 
-def splits(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images and classes of DIR, to train on and to test on."""
-    data = np.load(folder / "cifar10_subset" / "cifar10_lossless_2k_1k.npz")
+def splits(folder: Path, kind: str = "lossless") -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images and classes of DIR, to train on and to test on; `kind` is lossless or jpeg."""
+    data = np.load(folder / "cifar10_subset" / f"cifar10_{kind}_2k_1k.npz")
     train, test = ((images(data[f"x_{part}"]), torch.from_numpy(data[f"y_{part}"])) for part in ("train", "test"))
     return train, test

@@ -138,27 +138,45 @@ def timed(path: Path, repeats: int) -> Iterator[dict[str, Any]]:
         yield {"what": PROBLEM, "tokens": tokens, "ratio": ratio(routed, dense, ids, repeats)}
 
 
-def report(study: arms.Study, times: Path) -> Iterator[str]:
+def study_of(seeds: int = 3, steps: int = 100, out: Path = OUT) -> arms.Study:
+    still = ["dense", *(arm for arm in ARMS if arm.endswith("untrained"))]
+    lengths = {"rate": steps // 4, "test": steps}
+    return arms.Study(out / "runs.jsonl", [PROBLEM], ARMS, seeds, RECIPE["learning_rate"], lengths, still)
+
+
+def tested_arms(study: arms.Study) -> dict[str, list[arms.Row]]:
     tested = {arm: rows for (_, arm), rows in study.tested().items()}
-    mine = {arm: tested[arm] for arm in ARMS if arm in tested}
+    return {arm: tested[arm] for arm in ARMS if arm in tested}
 
-    def loss(arm: str, corpus: str) -> float:
-        return float(np.mean([row["scores"][corpus] for row in mine[arm]]))
 
-    def collapsed(arm: str, corpus: str) -> bool:
-        return "dense" in mine and loss(arm, corpus) > loss("dense", corpus) + math.log(2)
+def loss(mine: dict[str, list[arms.Row]], arm: str, corpus: str) -> float:
+    return float(np.mean([row["scores"][corpus] for row in mine[arm]]))
+
+
+def collapsed(mine: dict[str, list[arms.Row]], arm: str, corpus: str) -> bool:
+    return "dense" in mine and loss(mine, arm, corpus) > loss(mine, "dense", corpus) + math.log(2)
+
+
+def verdicts(mine: dict[str, list[arms.Row]]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Who is said to lose less than whom on which corpus, the word for it, and the difference."""
+    for one, other in PAIRS:
+        for corpus in CORPORA if one in mine and other in mine else ():
+            word, shown = arms.order(mine[one], mine[other], corpus, higher=False)
+            yield one, other, corpus, "collapsed" if collapsed(mine, one, corpus) else word, shown
+
+
+def report(study: arms.Study, times: Path) -> Iterator[str]:
+    mine = tested_arms(study)
 
     def cell(arm: str, corpus: str) -> str:
-        word = " collapsed" if collapsed(arm, corpus) else ""
-        return f"{arms.mean(mine[arm], corpus, 3)}, perplexity {math.exp(loss(arm, corpus)):.1f}{word}"
+        word = " collapsed" if collapsed(mine, arm, corpus) else ""
+        return f"{arms.mean(mine[arm], corpus, 3)}, perplexity {math.exp(loss(mine, arm, corpus)):.1f}{word}"
 
     rows = ([arm, f"{runs[0]['rate']:g}", *(cell(arm, corpus) for corpus in CORPORA)] for arm, runs in mine.items())
     yield from arms.table(["arm", "rate", *CORPORA], rows)
     yield ""
-    for one, other in PAIRS:
-        for corpus in CORPORA if one in mine and other in mine else ():
-            word, shown = arms.order(mine[one], mine[other], corpus, higher=False)
-            yield f"- {one} below {other} on {corpus}: {shown}, {'collapsed' if collapsed(one, corpus) else word}"
+    for one, other, corpus, word, shown in verdicts(mine):
+        yield f"- {one} below {other} on {corpus}: {shown}, {word}"
     if times.exists():
         found = json.loads(times.read_text(encoding="utf-8"))["times"]
         cells = ([each["what"], f"{each['tokens']:,}", f"{each['ratio']:.2f}"] for each in found)
@@ -176,9 +194,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    steps = {"rate": args.steps // 4, "test": args.steps}
-    still = ["dense", *(arm for arm in ARMS if arm.endswith("untrained"))]
-    study = arms.Study(args.out / "runs.jsonl", [PROBLEM], ARMS, args.seeds, RECIPE["learning_rate"], steps, still)
+    study = study_of(args.seeds, args.steps, args.out)
     times = args.out / "times.json"
     if not args.tables:
         if args.data_dir is None:

@@ -231,6 +231,17 @@ def report(study: arms.Study) -> Iterator[str]:
     most = max((len(runs(arm, problem)) for arm in study.arms for problem in there), default=0)
     yield f"Accuracy in % on 106 new characters, mean of {most} seeds"
     yield from ("", *arms.table(["arm", "trained", *there], rows), "")
+    for problem, title, word, shown in claims(tested):
+        yield f"- {problem}: {title}: {shown}, {word}"
+    r, n = 4, 2
+    yield (
+        f"- Block-LoRA multiplies {r // n} · (in + out) times a token beside the frozen layer, as LoRA of rank "
+        f"{r // n} does; LoRA of the same r {r} · (in + out) times"
+    )
+
+
+def claims(tested: dict[tuple[str, str], list[arms.Row]]) -> Iterator[tuple[str, str, str, str]]:
+    """A problem, what is claimed, the word for it, and the difference in accuracy."""
     for title, other, near in (
         ("Block-LoRA reaches LoRA of the same r, with a quarter fewer parameters", EQUAL_R, True),
         ("Block-LoRA is above LoRA of as many parameters", EQUAL_SIZE, False),
@@ -239,19 +250,11 @@ def report(study: arms.Study) -> Iterator[str]:
         ("Block-LoRA reaches full training", "full", True),
         ("Block-LoRA reaches CoDyRA", "CoDyRA r=4", True),
     ):
-        pairs = {problem: (runs(BLOCK, problem), runs(other, problem)) for problem in there}
-        both = {problem: pair for problem, pair in pairs.items() if all(pair)}
-        yield from [f"- {title}"] if both else []
-        for problem, pair in both.items():
-            word, shown = arms.order(*pair, "accuracy")
+        for problem, *_, word, shown in arms.orders(tested, [(BLOCK, other)], "accuracy"):
             if near:
-                word = ": ".join(arms.close(*pair, "accuracy"))
-            yield f"    - {problem}: {shown}, {word}"
-    r, n = 4, 2
-    yield (
-        f"- Block-LoRA multiplies {r // n} · (in + out) times a token beside the frozen layer, as LoRA of rank "
-        f"{r // n} does; LoRA of the same r {r} · (in + out) times"
-    )
+                word, apart = arms.close(tested[problem, BLOCK], tested[problem, other], "accuracy")
+                shown = f"{shown}; {apart}"
+            yield problem, title, word, shown
 
 
 def main() -> None:

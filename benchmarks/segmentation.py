@@ -187,11 +187,17 @@ def report(study: arms.Study) -> Iterator[str]:
             for arm, runs in mine.items()
         )  # fmt: skip
         yield from ("", f"{problem}, {max(map(len, mine.values()))} seeds, {study.steps['test']} steps", "")
-        yield from (*arms.table(["arm", "trained", "rate", "Dice", "Dice of membranes"], rows), "")
-        for one, other in PAIRS:
-            if one in mine and other in mine:
-                word, shown = arms.order(mine[one], mine[other], "Dice")
-                yield f"- {one} above {other} in Dice: {shown}, {word}"
+        yield from arms.table(["arm", "trained", "rate", "Dice", "Dice of membranes"], rows)
+    yield ""
+    for problem, one, other, word, shown in arms.orders(tested, PAIRS, "Dice"):
+        yield f"- {problem}: {one} above {other} in Dice: {shown}, {word}"
+
+
+def study_of(
+    problems: Sequence[str] = PROBLEMS, chosen: Sequence[str] = ARMS, seeds: int = 3, steps: int = STEPS,
+    out: Path = OUT,
+) -> arms.Study:  # fmt: skip
+    return arms.Study(out, problems, chosen, seeds, CENTRE, {"rate": steps, "test": steps}, ("base",))
 
 
 def main() -> None:
@@ -207,8 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    steps = {"rate": args.steps, "test": args.steps}
-    asked = arms.Study(args.out, args.only.split(","), args.arms.split(","), args.seeds, CENTRE, steps, ("base",))
+    asked = study_of(args.only.split(","), args.arms.split(","), args.seeds, args.steps, args.out)
     if not args.table:
         if args.data_dir is None:
             parser.error("--data-dir is where isbi2012_membrane lies; or --table")

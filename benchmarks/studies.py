@@ -37,8 +37,9 @@ PROMPTS = 100  # of the E2E test split, each with all its references
 # rows that train, at most; which matrices; and options. Pairs and grammar take an encoder longer than sentiment does
 GLUE: dict[str, tuple[int | str, ...]] = {
     "sst2": (2000, "query,value", "--budget", "params=40k,steps=125", "--grid-steps", 50),
-    "mrpc": (10000, "all-linear", "--budget", "params=170k,steps=250", "--grid-steps", 60),
-    "cola": (10000, "all-linear", "--budget", "params=170k,steps=500", "--grid-steps", 125, "--methods", "peft:lora"),
+    "mrpc": (10000, "all-linear", "--bf16", "--budget", "params=170k,steps=250", "--grid-steps", 60),
+    "cola": (10000, "all-linear", "--bf16", "--budget", "params=170k,steps=500", "--grid-steps", 125)
+    + ("--methods", "peft:lora"),
 }
 
 

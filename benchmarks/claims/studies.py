@@ -49,6 +49,10 @@ COMMANDS = {
     "trained": "python benchmarks/trained_compression.py --data-dir DIR",
     "faces": "python benchmarks/verification.py --data-dir DIR",
     "graphs": "python benchmarks/sst_graphs.py --data-dir DIR",
+    "factorllm": "python benchmarks/factorllm.py --data-dir DIR",
+    "segmentation": "python benchmarks/segmentation.py --data-dir DIR",
+    "shift": "python benchmarks/shift.py --data-dir DIR",
+    "omniglot": "python benchmarks/omniglot.py --data-dir DIR",
 }
 MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
 
@@ -58,6 +62,11 @@ def told(difference: float, low: float, high: float, unit: str = "") -> str:
     scale = 100 if unit == "points" else 1
     one, two, three = (f"{scale * value:+.3g}" for value in (difference, low, high))
     return f"{one} ({two} to {three}){' ' + unit if unit else ''}".replace("-", "−")
+
+
+def verdict(low: float, high: float) -> str:
+    """Whether the first of two is better, by the interval of how far it is above the other."""
+    return "holds" if low > 0 else "reversed" if high < 0 else "tie"
 
 
 def trained() -> Iterator[tuple[str, Line]]:
@@ -76,7 +85,7 @@ def convolutions() -> Iterator[tuple[str, Line]]:
         path = BENCHMARKS / "results" / "convolutions" / f"{name}.json"
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
             low, high = row["interval"]
-            word = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+            word = verdict(low, high)
             found = f"{name}, shared out by {row['allocate']}: {told(row['apart'], low, high, 'points')}"
             yield name, Line("atomic_feature_mimicking", MIMICKED.format(keep=row["keep"]), found, word)
 
@@ -99,7 +108,7 @@ def cut() -> Iterator[tuple[str, Line]]:
         for share, each in curves.items():
             apart = each["maestro"] - each["dense"]
             low, high = interval(apart)
-            word = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+            word = verdict(low, high)
             claim = f"trained in order, then cut to {share} of the multiplications, beats SVD of the dense model"
             yield "maestro", Line("maestro", claim, f"{task}: {told(float(np.mean(apart)), low, high, 'points')}", word)
 
@@ -112,7 +121,7 @@ def pruned() -> Iterator[tuple[str, Line]]:
     for form in trp.FORMS if rows else ():
         apart = (trp.outcomes(rows, form, trp.AFTER[-1]).mean(0) - trp.outcomes(rows, form, trp.BASELINE)).mean(0)
         low, high = interval(apart)
-        word = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+        word = verdict(low, high)
         claim = "trained with cuts, then cut to half of the multiplications, beats cut first and trained as long"
         found = f"resnet20, form {form}, {rows[0]['settings']['steps']} steps: "
         yield "trp", Line("trp", claim, found + told(float(np.mean(apart)), low, high, "points"), word)
@@ -129,6 +138,27 @@ def graphs() -> Iterator[tuple[str, Line]]:
             score = next(iter(mine[0]["scores"]))
             word, shown = arms.order(mine, its, score)
             yield "graphs", Line("sst", f"{one} above {other}", f"{problem}, {score}: {shown}", word)
+
+
+def adapted() -> Iterator[tuple[str, Line]]:
+    import arms
+    import omniglot
+    import segmentation
+    import shift
+
+    for name, module, score in (("segmentation", segmentation, "Dice"), ("shift", shift, "jpeg")):
+        tested = module.study_of().tested()
+        for problem, one, other, word, shown in arms.orders(tested, module.PAIRS, score):
+            yield name, Line(one.partition(",")[0], f"{one} above {other}", f"{problem}, {score}: {shown}", word)
+    for problem, claim, word, shown in omniglot.claims(omniglot.study_of().tested()):
+        yield "omniglot", Line("block_lora", claim, f"{problem}: {shown}", word)
+
+
+def routed() -> Iterator[tuple[str, Line]]:
+    import factorllm
+
+    for one, other, corpus, word, shown in factorllm.verdicts(factorllm.tested_arms(factorllm.study_of())):
+        yield "factorllm", Line("factorllm", f"{one} below {other}", f"{corpus}: {shown} nats", word)
 
 
 def repaired() -> Iterator[tuple[str, Line]]:
@@ -160,7 +190,7 @@ def page() -> Iterator[str]:
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
     yield "is better but has twice the dense model's perplexity is *collapsed*."
-    for run in (trained, compressed, convolutions, repaired, cut, pruned, graphs, faces):
+    for run in (trained, compressed, convolutions, repaired, routed, cut, pruned, graphs, faces, adapted):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
