@@ -90,6 +90,7 @@ def test_everything_a_study_says_is_escaped(tmp_path):
         "methods": (HOSTILE,),
         "seeds": (0,),
         "demo": True,
+        "added": [{"methods": [HOSTILE], "started": HOSTILE}],
         "versions": {HOSTILE: HOSTILE},
         "hardware": HOSTILE,
         **everything,
@@ -101,6 +102,12 @@ def test_everything_a_study_says_is_escaped(tmp_path):
     assert len([each for each in found if each.tag == "script"]) == 3  # the numbers, the library and the page's own
     assert numbers(text)["methods"][0]["name"] == HOSTILE
     assert "{{ 7*7 }}" in text  # and no template of its own
+
+
+def test_methods_that_came_later_are_named_with_their_time(tmp_path):
+    added = [{"methods": ["sora", "nola"], "started": "2026-01-05T10:11:12+00:00"}]
+    text = page(tmp_path, synthetic.rows(), added=added)
+    assert re.search(r"Added 2026-01-05 10:11<.*?sora, nola", text, re.DOTALL)
 
 
 def test_no_number_in_the_page_is_not_a_number(tmp_path):

@@ -258,6 +258,35 @@ def test_workers_interruptions_and_failures_leave_no_trace(place, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_study_is_given_more_methods(place, tmp_path):
+    """Rows stay, what is added runs as it would have from the start, and times are taken anew, of all in turns."""
+    study = _study(place, methods=("peft:lora",), references=("base",), seeds=1)
+    more = replace(study, methods=("peft:dora", "peft:lora"), options={"peft:dora": {"r": 2}})
+    whole, first = compare(more, tmp_path / "whole"), compare(study, tmp_path / "grown")
+    grown = compare(more, tmp_path / "grown")
+    trained = [row for row in first[1:] if row["phase"] != "measure"]
+    assert grown[1 : 1 + len(trained)] == trained and _numbers(grown) == _numbers(whole)
+    timed = [row["method"] for row in grown[1:] if row["phase"] == "measure"]
+    assert timed == [row["method"] for row in whole[1:] if row["phase"] == "measure"] and "peft:dora" in timed
+    header, other = grown[0], whole[0]
+    assert [each["methods"] for each in header["added"]] == [["peft:dora"]]
+    assert header["started"] == first[0]["started"]
+    for name in ("plan", "methods", "request"):
+        assert header[name] == other[name]
+    path = tmp_path / "grown" / "results.jsonl"
+    before = path.read_bytes()
+    assert compare(more, tmp_path / "grown") == grown
+    with pytest.raises(UsageError, match="holds a study with methods"):
+        compare(study, tmp_path / "grown")
+    assert path.read_bytes() == before
+    changed = json.loads(json.dumps(first[0]))
+    changed["plan"]["entries"][1]["recipe"]["weight_decay"] = 0.5
+    path.write_text(json.dumps(changed) + "\n")
+    with pytest.raises(UsageError, match="peft:lora ran with recipe .*0.5.* and would now have"):
+        compare(more, tmp_path / "grown")
+
+
+@pytest.mark.slow
 def test_minutes_become_steps_before_the_first_run(place, tmp_path):
     study = _study(place, methods=("peft:lora",), references=(), budget=parse_budget("minutes=99,steps=3"), seeds=1)
     rows = compare(study, tmp_path, workers=1)

@@ -51,7 +51,11 @@ def command(
     ],
     methods: Annotated[
         str,
-        typer.Option(help="Names between commas: sora,dylora,peft:lora,peft:dora, ...", rich_help_panel=_NEEDED),
+        typer.Option(
+            help="Names between commas: sora,dylora,peft:lora,peft:dora, ...; more than a comparison in --output has "
+            "are added to it.",
+            rich_help_panel=_NEEDED,
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl and report.html.", rich_help_panel=_NEEDED)],
     budget: Annotated[

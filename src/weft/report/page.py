@@ -6,7 +6,6 @@ reader; `page.js` draws the figures from the same numbers, which travel as JSON.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,10 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         "Budget": plain(shown),
         "Seeds": plain(head.get("seeds")),
         "Runs": runs,
-        "Started": re.sub(r"(T|\d\d:\d\d)(\d\d:\d\d).*", r" \2", str(head.get("started") or NOTHING)),
+        "Started": quantities.minute(head.get("started")),
     }
+    for each in head.get("added") or ():
+        facts[f"Added {quantities.minute(each['started'])}"] = ", ".join(each["methods"])
     return [(term, text) for term, text in facts.items() if text != NOTHING]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 NOTHING = "–"
@@ -83,3 +84,12 @@ def listing(words: list[str]) -> str:
 def plural(amount: int, word: str) -> str:
     """The amount and its noun: 1 run, 2 runs."""
     return f"{amount:,} {word}" + ("" if amount == 1 else "s")
+
+
+def minute(moment: str | None) -> str:
+    """A moment of ISO 8601 to the minute.
+
+    >>> minute("2026-01-05T10:11:12+00:00")
+    '2026-01-05 10:11'
+    """
+    return re.sub(r"(T|\d\d:\d\d)(\d\d:\d\d).*", r" \2", moment or NOTHING)

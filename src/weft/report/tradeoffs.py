@@ -7,7 +7,6 @@ table are written from these. The study need not be finished.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -337,8 +336,7 @@ def _facts(study: Tradeoffs) -> list[tuple[str, str]]:
         notes = "".join(f"; {note}" for note in corpus["notes"])
         name = short(corpus["data"]) + (", test split" if corpus["split"] == "test" else "")
         facts["Second test" if number else "Test"] = f"{name}: {counts}{notes}"
-    started = re.sub(r"(T|\d\d:\d\d)(\d\d:\d\d).*", r" \2", str(study.head.get("started") or NOTHING))
-    return list({**facts, "Measured": points, "Started": started}.items())
+    return list({**facts, "Measured": points, "Started": quantities.minute(study.head.get("started"))}.items())
 
 
 def _dense(study: Tradeoffs) -> dict[str, Any] | None:

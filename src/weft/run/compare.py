@@ -17,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError
+from weft.errors import UsageError, WeftError
 from weft.run import generate, spread
+from weft.run.budget import Budget
 from weft.run.planning import Observer, Silent, plan_study
 from weft.run.single import context_of, empty_row, run_task
 from weft.run.study import (
@@ -27,6 +28,7 @@ from weft.run.study import (
     Row,
     Study,
     Task,
+    more_methods,
     open_results,
     pending,
     plan_from,
@@ -114,6 +116,8 @@ def compare(
 ) -> list[Row]:
     """Run what is left of a study; returns all its rows, which are in `output`/results.jsonl too.
 
+    A study with more methods than the one that lies in `output`, and otherwise the same, adds them to it.
+
     Args:
         workers: processes at a time on this machine; no number depends on it. None: as many as it has room for.
         ray: address of a Ray cluster to run on instead.
@@ -134,11 +138,16 @@ def compare(
         spread.check_ray(ray)
     if not read_rows(output / "results.jsonl")[0]:  # else the plan is in the file, and a changed request refused
         plan = plan_study(study, observer)
-    results = open_results(output, request, retry_failed=retry_failed)
+    results = open_results(output, request, retry_failed=retry_failed, grows=True)
     try:
         if results.header is None:
             plan = replace(plan, notes=(*plan.notes, *extras.notes))
             results.append(_header(plan, request, extras))
+        elif more := more_methods(results.header["request"], request):
+            header = _grown(results.header, more, study, request, extras, observer)
+            # times are taken in turns, so that all have the same noise: once more, of all
+            kept = [row for row in results.runs if row["phase"] != "measure"]
+            results = results.replaced([header, *kept])
         header = results.header
         assert header is not None
         plan = plan_from(header, study)
@@ -177,6 +186,26 @@ def _header(plan: Plan, request: Row, extras: Extras) -> Row:
         "plan": plan_json(plan),
         **extras.fields,
     }
+
+
+def _grown(header: Row, more: list[str], study: Study, request: Row, extras: Extras, observer: Observer) -> Row:
+    """The header of a study with methods added to it."""
+    there = plan_from(header, study)
+    plan = plan_study(replace(study, budget=Budget(study.budget.params, there.steps)), observer)
+    planned = {entry.method: json.loads(json.dumps(asdict(entry))) for entry in plan.entries}
+    for entry in there.entries:
+        for name, value in asdict(entry).items():
+            if planned[entry.method][name] != value:
+                raise UsageError(
+                    f"{entry.method} ran with {name} {json.dumps(value)} in this study and would now have "
+                    f"{json.dumps(planned[entry.method][name])}; give another --output"
+                )
+    notes = dict.fromkeys((*there.notes, *plan.notes, *extras.notes))
+    plan = replace(plan, study=study, notes=tuple(notes))
+    now = _header(plan, request, extras)
+    added = {"methods": more, "commit": now["commit"], "started": now["started"]}
+    kept = {name: header[name] for name in ("commit", "started", "hardware")}
+    return {**header, **now, **kept, "added": [*header.get("added", []), added]}
 
 
 def _forgetting(plan: Plan, output: Path, observer: Observer, debug: bool) -> Row | None:

@@ -281,6 +281,17 @@ class Results:
             ) from error
         self.rows.append(row)
 
+    def replaced(self, rows: list[Row]) -> Results:
+        """The same file with other rows, whole or not at all; this one is closed."""
+        scratch = self.path.with_suffix(".jsonl.part")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
+        scratch.replace(self.path)
+        return Results(self.path, rows)
+
     def close(self) -> None:
         """Let another process write."""
         os.close(self._file)
@@ -318,13 +329,14 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
     return rows, len(whole)
 
 
-def open_results(folder: Path, request: Row, *, retry_failed: bool = False) -> Results:
+def open_results(folder: Path, request: Row, *, retry_failed: bool = False, grows: bool = False) -> Results:
     """The results file of a study in its folder, new or to be continued.
 
     Args:
         folder: made where missing.
         request: what was asked for and what it runs on; must equal that of the rows which are there.
         retry_failed: drop the rows of failed runs, so that they run again.
+        grows: let the request have more methods than the rows that are there.
 
     Raises:
         UsageError: the folder holds another study, or is not a folder.
@@ -334,23 +346,27 @@ def open_results(folder: Path, request: Row, *, retry_failed: bool = False) -> R
         folder.mkdir(parents=True, exist_ok=True)
         rows, length = read_rows(path)
         if rows:
-            _same(path.parent, rows[0].get("request") or {}, json.loads(json.dumps(request)))
+            _same(path.parent, rows[0].get("request") or {}, json.loads(json.dumps(request)), grows)
         results = Results(path, rows)
         if length < path.stat().st_size:
             os.truncate(path, length)
     except OSError as error:
         raise UsageError(f"--output {str(folder)!r} cannot be used: {error.strerror}") from error
     if retry_failed and any(row.get("status") == "failed" for row in rows):
-        results.close()
-        kept = [row for row in rows if row.get("status") != "failed"]
-        scratch = path.with_suffix(".jsonl.part")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        scratch.replace(path)
-        results = Results(path, kept)
+        results = results.replaced([row for row in rows if row.get("status") != "failed"])
     return results
 
 
-def _same(folder: Path, there: Row, asked: Row) -> None:
+def more_methods(there: Row, asked: Row) -> list[str]:
+    """The methods that a request has beyond those of the one that is there; none if it lacks one of these."""
+    old, now = (list(request.get("methods") or ()) for request in (there, asked))
+    return [name for name in now if name not in old] if set(old) <= set(now) else []
+
+
+def _same(folder: Path, there: Row, asked: Row, grows: bool) -> None:
+    if grows and (more := more_methods(there, asked)):
+        options = {name: each for name, each in asked["options"].items() if name not in more}
+        asked = {**asked, "methods": there["methods"], "options": options}
     for name in [*there, *(name for name in asked if name not in there)]:
         if there.get(name) != asked.get(name):
             raise UsageError(
