@@ -24,7 +24,7 @@ ABOUT = {
     "shakespeare": "a Llama of 260 thousand parameters that knows children's stories, to Shakespeare",
     "e2e": "the same Llama, to descriptions of restaurants",
     "sst2": "all-MiniLM, an encoder of 23 million parameters, to the sentiment of 2,000 sentences",
-    "mrpc": "all-MiniLM, to pairs of sentences that say the same or do not",
+    "mrpc": "all-MiniLM without dropout, to pairs of sentences that say the same or do not",
     "digits": "a vision transformer of 35 thousand parameters, to digits turned and inverted",
 }
 STREAMED = "all-MiniLM, through five tasks of classification, one after another"
@@ -134,7 +134,6 @@ def page(table: Callable[[list[str], list[list[str]]], str]) -> str:
         "## What it costs",
         table(*_costs(found)),
         f"Time and memory of a training step are ratios to `{OPPONENT}`'s in the same comparison, geometric means; on "
-        ""
         "two cores, where a step of a small model is mostly overhead: [the growth with width](results.md) tells more "
         "of large ones. The file is what is passed on, of the comparison where it is largest. "
         "[What each can be attached to](methods/index.md#where-they-work).",

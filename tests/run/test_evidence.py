@@ -26,7 +26,7 @@ def test_the_least_beaten_comes_first_and_among_equals_the_fastest():
     assert [each.name for each in found] == ["a", "b", "c"]  # d is not in every study; a takes 1.095, b 1.2
     assert [each.beaten for each in found] == pytest.approx([0.125, 0.125, 0.75])
     assert [each.time for each in found] == pytest.approx([(1.2 * 1.0) ** 0.5, (0.8 * 1.8) ** 0.5, 0.5])
-    assert found[0].first == ("one",) and found[0].studies == ("one", "two")
+    assert found[0].studies == ("one", "two")
     assert [each.name for each in evidence.candidates("stream", STUDIES)] == ["c", "a"]
 
 

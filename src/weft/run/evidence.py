@@ -74,13 +74,11 @@ class Candidate:
 
     Attributes:
         beaten, time: over the studies, the mean and the geometric mean.
-        first: the studies in which no method is surely better.
     """
 
     name: str
     beaten: float
     time: float
-    first: tuple[str, ...]
     studies: tuple[str, ...]
 
 
@@ -113,17 +111,10 @@ def candidates(kind: str, among: Sequence[Study] | None = None) -> list[Candidat
     everywhere = [name for name in own[0].methods if all(name in study.methods for study in own)] if own else []
     made = []
     for name in everywhere:
-        found = {study.name: study.methods[name] for study in own}
-        times = [each.time for each in found.values() if each.time]
-        made.append(
-            Candidate(
-                name,
-                fmean(each.beaten for each in found.values()),
-                geometric_mean(times) if times else float("inf"),
-                tuple(study for study, each in found.items() if each.beaten == 0),
-                tuple(found),
-            )
-        )
+        found = [study.methods[name] for study in own]
+        times = [each.time for each in found if each.time]
+        time = geometric_mean(times) if times else float("inf")
+        made.append(Candidate(name, fmean(each.beaten for each in found), time, tuple(study.name for study in own)))
     return sorted(made, key=lambda each: (each.beaten, each.time, each.name))
 
 
