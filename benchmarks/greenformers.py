@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,14 @@ def peaks(of: str, attention: str, side: str, lengths: list[int]) -> dict[str, d
     return found
 
 
+def measured(path: Path | None = None) -> Rows:
+    """The rows of times and memory that are there."""
+    return Rows(path or RESULTS / "lengths.jsonl", {"tokens": TOKENS, "keep": KEEP, "longest": LONGEST})
+
+
 def lengths_study(args: argparse.Namespace) -> None:
     lengths = [n for n in (64, 128, 256, 512, 1024, 2048) if n <= args.longest]
-    settings = {"tokens": TOKENS, "keep": KEEP, "longest": LONGEST}
-    rows = Rows(args.out or RESULTS / "lengths.jsonl", settings)
+    rows = measured(args.out)
 
     def time_of(measure: str, of: str, attention: str, way: str, n: int) -> dict[str, Any]:
         print(f"{of}, {attention}, {way}, n = {n}", flush=True)
@@ -156,7 +160,7 @@ def lengths_study(args: argparse.Namespace) -> None:
                     rows.row(time_of, measure="time", of=of, attention=attention, way=way, n=n)
             for side in SIDES:
                 rows.row(memory_of, measure="memory", of=of, attention=attention, side=side, lengths=lengths)
-    found = ratios([row for row in rows.rows if row["settings"] == settings])
+    found = ratios(rows)
     print("\n".join(tables(found)))
     if args.longest == LONGEST:
         draw(found)
@@ -165,11 +169,11 @@ def lengths_study(args: argparse.Namespace) -> None:
 Ratios = dict[tuple[str, str, str, str], dict[str, dict[int, float]]]  # measure, of, attention, way → side → n → ratio
 
 
-def ratios(rows: list[dict[str, Any]]) -> Ratios:
+def ratios(rows: Rows) -> Ratios:
     """Everything in times of the dense side's."""
     found: Ratios = {}
     held: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
+    for row in (row for row in rows.rows if row["settings"] == rows.settings):
         if row["measure"] == "memory":
             held.setdefault((row["of"], row["attention"]), {})[row["side"]] = row["bytes"]
             continue
@@ -208,6 +212,18 @@ def tables(found: Ratios) -> Iterator[str]:
         yield ""
         for side in SIDES[2:]:
             yield f"- {side} needs less than lrt from n = {crossover(sides['lrt'], sides[side])} on"
+
+
+def turns(found: Ratios) -> Iterator[tuple[str, str, str]]:
+    """Of a layer's training step: which Linformer in what, from which length on it needs less than LRT, and whether
+    that is as the thesis says, which has LRT up to 512 and Linformer from there on."""
+    for (measure, of, attention, way), sides in found.items():
+        if (of, way) != ("layer", WAYS[1]) or not {256, 1024} <= set(sides["lrt"]):
+            continue
+        for side in SIDES[2:]:
+            low, high = (sides["lrt"][n] < sides[side][n] for n in (256, 1024))
+            word = "holds" if low and not high else "reversed"
+            yield f"{side}, {measure}, {attention} attention", crossover(sides["lrt"], sides[side]), word
 
 
 def draw(found: Ratios) -> None:
@@ -338,16 +354,27 @@ def verdict(study: arms.Study) -> Iterator[str]:
     shown = ([arm, f"{runs[0]['encoder']:,}", f"{runs[0]['rate']:g}", arms.mean(runs, "accuracy", 4)]
              for arm, runs in mine.items())  # fmt: skip
     yield from arms.table(["arm", "numbers in the encoder", "rate", "accuracy"], shown)
-    for arm in [arm for arm in ARMS[1:] if {arm, "full"} <= set(mine)]:
-        middle, low, high = arms.gap(mine[arm], mine["full"], "accuracy")
-        word = "holds" if low > -0.01 else "reversed" if high < -0.01 else "tie"
-        apart = f"{middle:+.4f} ({low:+.4f} to {high:+.4f})".replace("-", "−")
+    for arm, apart, word in near(study):
         yield f"\n- {arm} within a point of full: {apart}, {word}"
 
 
+def near(study: arms.Study) -> Iterator[tuple[str, str, str]]:
+    """Arms, how far they are from full, and the word for whether that is within a point."""
+    mine = {arm: runs for (_, arm), runs in study.tested().items()}
+    for arm in [arm for arm in ARMS[1:] if {arm, "full"} <= set(mine)]:
+        middle, low, high = arms.gap(mine[arm], mine["full"], "accuracy")
+        word = "holds" if low > -0.01 else "reversed" if high < -0.01 else "tie"
+        yield arm, f"{middle:+.4f} ({low:+.4f} to {high:+.4f})".replace("-", "−"), word
+
+
+def study_of(
+    steps: Mapping[str, int] = STEPS, only: Sequence[str] = ARMS, seeds: int = 3, out: Path | None = None
+) -> arms.Study:
+    return arms.Study(out or RESULTS / "sst2.jsonl", ["sst2"], only, seeds, RATE, steps)
+
+
 def accuracy_study(args: argparse.Namespace) -> None:
-    steps = dict(zip(STEPS, args.steps))
-    study = arms.Study(args.out or RESULTS / "sst2.jsonl", ["sst2"], args.only.split(","), args.seeds, RATE, steps)
+    study = study_of(dict(zip(STEPS, args.steps)), args.only.split(","), args.seeds, args.out)
     if not args.draw:
         versions = {"torch": torch.__version__, "transformers": hf.__version__, "weft": weft.__version__}
         made_by = {"device": processor(), "commit": commit(), "versions": versions}

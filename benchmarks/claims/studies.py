@@ -50,6 +50,8 @@ COMMANDS = {
     "faces": "python benchmarks/verification.py --data-dir DIR",
     "graphs": "python benchmarks/sst_graphs.py --data-dir DIR",
     "factorllm": "python benchmarks/factorllm.py --data-dir DIR",
+    "lengths": "python benchmarks/greenformers.py",
+    "thin": "python benchmarks/greenformers.py --accuracy --data-dir DIR",
     "segmentation": "python benchmarks/segmentation.py --data-dir DIR",
     "shift": "python benchmarks/shift.py --data-dir DIR",
     "omniglot": "python benchmarks/omniglot.py --data-dir DIR",
@@ -161,6 +163,16 @@ def routed() -> Iterator[tuple[str, Line]]:
         yield "factorllm", Line("factorllm", f"{one} below {other}", f"{corpus}: {shown} nats", word)
 
 
+def shortened() -> Iterator[tuple[str, Line]]:
+    import greenformers
+
+    for what, length, word in greenformers.turns(greenformers.ratios(greenformers.measured())):
+        claim = "thin factors need less on short inputs, sums over the sequence from 512 tokens on"
+        yield "lengths", Line("greenformers", claim, f"{what}: from {length} tokens on", word)
+    for arm, shown, word in greenformers.near(greenformers.study_of()):
+        yield "thin", Line("greenformers", f"{arm} within a point of full on SST-2", shown, word)
+
+
 def repaired() -> Iterator[tuple[str, Line]]:
     import trained_compression as compression
 
@@ -190,7 +202,7 @@ def page() -> Iterator[str]:
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
     yield "is better but has twice the dense model's perplexity is *collapsed*."
-    for run in (trained, compressed, convolutions, repaired, routed, cut, pruned, graphs, faces, adapted):
+    for run in (trained, compressed, convolutions, repaired, routed, shortened, cut, pruned, graphs, faces, adapted):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
