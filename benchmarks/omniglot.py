@@ -14,8 +14,8 @@ The task is to tell apart the 106 characters of the three alphabets of backgroun
 two are for validation, the next ones are the shots, and all others the test. Adapters go on every linear layer of both
 sides, scaled alike (s = 2, but CoDyRA's own 1); 160 steps of AdamW without decay, batches of 32, a cosine after a
 warm-up of a twentieth; rates around 3e-3, chosen on the validation drawers' loss after 80 steps. The probe is a new
-head on the frozen vision side. The intervals are of a paired bootstrap over test drawings and seeds. About 20 minutes
-of two cores.
+head on the frozen vision side. The intervals are of a paired bootstrap over test drawings and seeds. About 40 minutes
+of one core.
 """
 
 from __future__ import annotations
