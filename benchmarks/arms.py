@@ -188,6 +188,14 @@ def close(one: Sequence[Row], other: Sequence[Row], score: str, higher: bool = T
     return word, f"{behind:+.3g} behind, {allowed:.3g} allowed".replace("-", "−")
 
 
+def collapsed(mine: Mapping[str, Sequence[Row]], arm: str, whole: str, score: str) -> bool:
+    """Whether an arm has twice the whole model's perplexity, a loss of ln 2 more; not where that is not there."""
+    if whole not in mine:
+        return False
+    loss, reference = (np.mean([row["scores"][score] for row in mine[name]]) for name in (arm, whole))
+    return bool(loss > reference + math.log(2))
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The lines of a Markdown table."""
     for cells in (headings, ["---"] * len(headings), *rows):

@@ -149,28 +149,21 @@ def tested_arms(study: arms.Study) -> dict[str, list[arms.Row]]:
     return {arm: tested[arm] for arm in ARMS if arm in tested}
 
 
-def loss(mine: dict[str, list[arms.Row]], arm: str, corpus: str) -> float:
-    return float(np.mean([row["scores"][corpus] for row in mine[arm]]))
-
-
-def collapsed(mine: dict[str, list[arms.Row]], arm: str, corpus: str) -> bool:
-    return "dense" in mine and loss(mine, arm, corpus) > loss(mine, "dense", corpus) + math.log(2)
-
-
 def verdicts(mine: dict[str, list[arms.Row]]) -> Iterator[tuple[str, str, str, str, str]]:
     """Who is said to lose less than whom on which corpus, the word for it, and the difference."""
     for one, other in PAIRS:
         for corpus in CORPORA if one in mine and other in mine else ():
             word, shown = arms.order(mine[one], mine[other], corpus, higher=False)
-            yield one, other, corpus, "collapsed" if collapsed(mine, one, corpus) else word, shown
+            yield one, other, corpus, "collapsed" if arms.collapsed(mine, one, "dense", corpus) else word, shown
 
 
 def report(study: arms.Study, times: Path) -> Iterator[str]:
     mine = tested_arms(study)
 
     def cell(arm: str, corpus: str) -> str:
-        word = " collapsed" if collapsed(mine, arm, corpus) else ""
-        return f"{arms.mean(mine[arm], corpus, 3)}, perplexity {math.exp(loss(mine, arm, corpus)):.1f}{word}"
+        word = " collapsed" if arms.collapsed(mine, arm, "dense", corpus) else ""
+        loss = float(np.mean([row["scores"][corpus] for row in mine[arm]]))
+        return f"{arms.mean(mine[arm], corpus, 3)}, perplexity {math.exp(loss):.1f}{word}"
 
     rows = ([arm, f"{runs[0]['rate']:g}", *(cell(arm, corpus) for corpus in CORPORA)] for arm, runs in mine.items())
     yield from arms.table(["arm", "rate", *CORPORA], rows)

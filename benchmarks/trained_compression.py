@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -275,10 +274,7 @@ def report(study: arms.Study, times: Path) -> Iterator[str]:
 
 def collapsed(mine: dict[str, list[arms.Row]], arm: str, score: str) -> bool:
     """Whether an arm has twice the whole model's perplexity."""
-    if score == "accuracy" or "whole" not in mine:
-        return False
-    loss, whole = (np.mean([row["scores"][score] for row in mine[name]]) for name in (arm, "whole"))
-    return bool(loss > whole + math.log(2))
+    return score != "accuracy" and arms.collapsed(mine, arm, "whole", score)
 
 
 def verdicts(mine: dict[str, list[arms.Row]], scores: tuple[str, ...]) -> Iterator[tuple[str, str, str, str, str]]:
