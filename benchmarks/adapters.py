@@ -32,7 +32,7 @@ import weft
 from weft.adapters._config import AdapterConfig
 from weft.adapters._training import parameter_groups
 from weft.adapters.qwha import QwhaDelta
-from weft.algebra.transforms import Transform
+from weft.algebra.transforms import Transform, wht
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
 LAYERS = 4
@@ -194,13 +194,31 @@ def gradient_pass(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
 
 
+def whole(transform: Transform, device: str | torch.device) -> Transform:
+    """The same, by products with its matrix."""
+    h = transform.inverse(torch.eye(transform.n, device=device))
+    return Transform("dense", transform.n, lambda x: x @ h.mT, lambda x: x @ h)
+
+
+def transform_cost(args: argparse.Namespace) -> dict[str, Any]:
+    """F·H, which makes ΔW of F, by the fast transform and by a product with the whole H, in turns."""
+    fast = wht(args.width)
+    ways = fast, whole(fast, args.device)
+    f = torch.randn(args.width, args.width, device=args.device)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(args.repeats):
+        for k, way in enumerate(ways):
+            times[k].append(timed(lambda t=way: t.inverse(f), args.device))  # type: ignore[misc]
+    seconds = [statistics.median(t) for t in times]
+    return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
+
+
 def dense_qwha() -> Any:
     """QWHA with products by the whole Hadamard matrix in place of the fast transform."""
 
     def replace(model: nn.Module) -> None:
         for delta in (m for m in model.modules() if isinstance(m, QwhaDelta)):
-            h = delta.transform.inverse(torch.eye(delta.in_, device=delta.c.device))
-            delta.transform = Transform("dense", delta.in_, lambda x, h=h: x @ h.mT, lambda x, h=h: x @ h)
+            delta.transform = whole(delta.transform, delta.c.device)
 
     config = weft.QwhaConfig(r=R)
     config.once_attached = replace
@@ -307,6 +325,8 @@ def main() -> None:
             report(name, wanted, opponent, attach=attach_cost(ours, theirs, args))
     if not only or "lora_sb gradient pass".startswith(only):
         report("lora_sb gradient pass", 1.3, "forward and backward", run=gradient_pass(args))
+    if not only or "qwha transform".startswith(only):
+        report("qwha transform", 0.5, "the product with H", run=transform_cost(args))
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     args.out.parent.mkdir(parents=True, exist_ok=True)

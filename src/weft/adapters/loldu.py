@@ -25,7 +25,7 @@ entry of D zero, from where z can learn; W is not touched.
 The r first columns of W are eliminated, and the rest of U follows by substitution: out·r² + r²·(in − r) multiplications
 (in float64), once. A step multiplies 2·n·r·(in + out) for n input vectors beside the layer's own, a LoRA of rank ρ
 3·n·ρ·(in + out). Where r is large W + ΔW is multiplied once instead, for 2·out·in·r + n·out·in: at width 1024 and 4096
-tokens with all pivots, a step costs 1.7 times one of LoRA of rank 8, layer included; with r = 128, 1.2 times.
+tokens with all pivots, a step costs 1.4 times one of LoRA of rank 8, layer included (benchmarks/adapters.py).
 
 B, A and D are saved, because another library or number of threads may pivot otherwise where candidates are tied or
 nearly so: r·(in + out + 1) numbers, for all pivots up to twice the weight. `store_factors=False` saves z alone and
