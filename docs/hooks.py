@@ -60,6 +60,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Wide tables scroll in a frame of their own, short words of code stay on one line: for phones."""
+    """Wide tables scroll in a frame of their own, short words of code, as --data, stay on one line: for phones."""
+
+    def joined(code: re.Match[str]) -> str:
+        return re.sub(r"(?<!\S)(\S{1,28})(?!\S)", r'<span class="word">\1</span>', code[1])
+
     html = html.replace("<table>", '<div class="table" tabindex="0"><table>').replace("</table>", "</table></div>")
-    return re.sub(r"<code>([^<\s]{1,28})</code>", r'<code class="word">\1</code>', html)
+    return re.sub(r"<code>([^<\n]+)</code>", lambda code: f"<code>{joined(code)}</code>", html)
