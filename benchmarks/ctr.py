@@ -39,6 +39,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -315,31 +316,42 @@ def measure(data: str, split: Split, name: str, seed: int) -> dict[str, Any]:
     }
 
 
+def measured(data: str | None = None) -> list[dict[str, Any]]:
+    """The rows that were measured, of one data set or both."""
+    paths = (OUT / f"{name}.jsonl" for name in ([data] if data else SEEDS))
+    return [json.loads(line) for path in paths if path.exists() for line in path.read_text("utf-8").splitlines()]
+
+
+def of_each(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Data set, model, and their rows by seed."""
+    for data, name in product(SEEDS, MODELS):
+        mine = [row for row in rows if (row["data"], row["model"]) == (data, name)]
+        if mine:
+            yield data, name, mine
+
+
+def above(rows: Sequence[dict[str, Any]], one: str, other: str) -> tuple[float, float, float]:
+    """How far one arm's AUC is above another's, and the interval."""
+    low, high = np.percentile(np.mean([row["draws"][f"{one} − {other}"] for row in rows], axis=0), (2.5, 97.5))
+    return float(np.mean([row["arms"][one]["auc"] - row["arms"][other]["auc"] for row in rows])), low, high
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for data in SEEDS:
-        for name in MODELS:
-            mine = [row for row in rows if (row["data"], row["model"]) == (data, name)]
-            if mine:
-                yield from table(data, name, mine)
-
-
-def table(data: str, name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield f"{name} on {data}, {len(rows)} seeds"
-    yield "| arm | parameters | AUC | LogLoss |"
-    yield "| --- | --- | --- | --- |"
-    for arm in rows[0]["arms"]:
-        each = [row["arms"][arm] for row in rows]
-        count, one, two = (np.array([e[key] for e in each]) for key in ("parameters", "auc", "logloss"))
-        figures = (f"{each.mean():.4f} ± {each.std():.4f}" for each in (one, two))
-        yield f"| {arm} | {count.mean():,.0f} | {' | '.join(figures)} |"
-    yield ""
-    for pair in rows[0]["draws"]:
-        a, b = pair.split(" − ")
-        low, high = np.percentile(np.mean([row["draws"][pair] for row in rows], axis=0), (2.5, 97.5))
-        mean = np.mean([row["arms"][a]["auc"] - row["arms"][b]["auc"] for row in rows])
-        verdict = "above" if low > 0 else "below" if high < 0 else "tie"
-        yield f"- {pair}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {verdict}".replace("-0", "−0")
-    yield ""
+    for data, name, mine in of_each(rows):
+        yield from (f"{name} on {data}, {len(mine)} seeds", "")
+        yield "| arm | parameters | AUC | LogLoss |"
+        yield "| --- | --- | --- | --- |"
+        for arm in mine[0]["arms"]:
+            each = [row["arms"][arm] for row in mine]
+            count, one, two = (np.array([e[key] for e in each]) for key in ("parameters", "auc", "logloss"))
+            figures = (f"{each.mean():.4f} ± {each.std():.4f}" for each in (one, two))
+            yield f"| {arm} | {count.mean():,.0f} | {' | '.join(figures)} |"
+        yield ""
+        for pair in mine[0]["draws"]:
+            mean, low, high = above(mine, *pair.split(" − "))
+            verdict = "above" if low > 0 else "below" if high < 0 else "tie"
+            yield f"- {pair}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {verdict}".replace("-0", "−0")
+        yield ""
 
 
 def main() -> None:
@@ -353,23 +365,19 @@ def main() -> None:
     if not args.tables and args.data_dir is None:
         parser.error("--data-dir is where movielens_100k and criteo_sample lie; or --tables")
     OUT.mkdir(parents=True, exist_ok=True)
-    rows = []
     for data in [args.data] if args.data else SEEDS:
-        path = OUT / f"{data}.jsonl"
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        done = {(row["model"], row["seed"]) for row in found}
+        done = {(row["model"], row["seed"]) for row in measured(data)}
         for seed in range(0 if args.tables else min(args.seeds or SEEDS[data], SEEDS[data])):
             split = None
             for name in [args.model] if args.model else MODELS:
                 if (name, seed) in done:
                     continue
                 split = split or LOAD[data](args.data_dir, seed)
-                found.append(measure(data, split, name, seed))
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
-                print(f"{name} on {data}, seed {seed}: {found[-1]['seconds']} s", flush=True)
-        rows += found
-    print("\n".join(tables(rows)))
+                row = measure(data, split, name, seed)
+                with (OUT / f"{data}.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                print(f"{name} on {data}, seed {seed}: {row['seconds']} s", flush=True)
+    print("\n".join(tables(measured(args.data))))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,14 @@ COMMANDS = {
     "segmentation": "python benchmarks/segmentation.py --data-dir DIR",
     "shift": "python benchmarks/shift.py --data-dir DIR",
     "omniglot": "python benchmarks/omniglot.py --data-dir DIR",
+    "clicks": "python benchmarks/ctr.py --data-dir DIR",
 }
+CLICKS = (  # arms of benchmarks/ctr.py, so many times smaller
+    ("{}× features", "original"),
+    ("{}× features, tuned", "original, tuned"),
+    ("{}× features, tuned", "{}× weights, tuned"),
+    ("{}× features, tuned", "{}× random, whole"),
+)
 MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
 
 
@@ -90,6 +97,19 @@ def convolutions() -> Iterator[tuple[str, Line]]:
             word = verdict(low, high)
             found = f"{name}, shared out by {row['allocate']}: {told(row['apart'], low, high, 'points')}"
             yield name, Line("atomic_feature_mimicking", MIMICKED.format(keep=row["keep"]), found, word)
+
+
+def clicks() -> Iterator[tuple[str, Line]]:
+    import ctr
+
+    for data in ctr.SEEDS:
+        rows = ctr.measured(data)
+        for times, (one, other) in product(ctr.SMALLER, CLICKS) if rows else ():
+            mine, theirs = one.format(times), other.format(times)
+            apart, low, high = ctr.above(rows, mine, theirs)
+            models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+            found = f"{models} on {data}: {told(apart, low, high, 'points')}"
+            yield "clicks", Line("atomic_feature_mimicking", f"{mine} above {theirs} in AUC", found, verdict(low, high))
 
 
 def compressed() -> Iterator[tuple[str, Line]]:
@@ -202,7 +222,8 @@ def page() -> Iterator[str]:
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
     yield "is better but has twice the dense model's perplexity is *collapsed*."
-    for run in (trained, compressed, convolutions, repaired, routed, shortened, cut, pruned, graphs, faces, adapted):
+    compression = compressed, convolutions, clicks, repaired, routed, shortened
+    for run in (trained, *compression, cut, pruned, graphs, faces, adapted):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
