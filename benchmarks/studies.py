@@ -39,7 +39,7 @@ PROMPTS = 100  # of the E2E test split, each with all its references
 GLUE: dict[str, tuple[int | str, ...]] = {
     "sst2": (2000, "query,value", "--budget", "params=40k,steps=125", "--grid-steps", 50),
     "mrpc": (10000, "all-linear", "--bf16", "--budget", "params=170k,steps=200", "--grid-steps", 100),
-    "cola": (10000, "all-linear", "--bf16", "--budget", "params=170k,steps=500", "--grid-steps", 125)
+    "cola": (10000, "all-linear", "--bf16", "--budget", "params=170k,steps=500", "--grid-steps", 500)
     + ("--methods", "peft:lora"),
 }
 
