@@ -440,20 +440,26 @@ def test_a_shrunk_transformer_is_saved_and_loaded(family: str, tmp_path: Any) ->
         with torch.no_grad():
             return of.eval()(**given).logits
 
+    def saved(of: Any, name: str) -> Any:
+        """The model, written and read: to the bit in its weights; where these lie moves the last bit of a logit."""
+        of.save_pretrained(tmp_path / name)
+        found = kind.from_pretrained(tmp_path / name)
+        weights = found.state_dict()
+        assert list(weights) == list(of.state_dict())
+        assert all(torch.equal(t, weights[name]) for name, t in of.state_dict().items())
+        torch.testing.assert_close(logits(found), logits(of), rtol=1e-5, atol=1e-6)
+        return found
+
     wanted = logits(model)
-    model.save_pretrained(tmp_path / "whole")
-    loaded = kind.from_pretrained(tmp_path / "whole")  # what was not shrunk yet can be after loading
-    assert torch.equal(logits(loaded), wanted)
+    loaded = saved(model, "whole")  # what was not shrunk yet can be after loading
     for each in (model, loaded):
         shrink(each)
         assert list(layers(each)) == names[::2] and all(layer.rank == 1 for layer in layers(each).values())
         torch.testing.assert_close(logits(each), wanted, rtol=1e-4, atol=1e-5)
-    model.save_pretrained(tmp_path / "shrunk")
-    assert torch.equal(logits(kind.from_pretrained(tmp_path / "shrunk")), logits(model))
+    saved(model, "shrunk")
     dense = shrink(maestro(kind(copy.deepcopy(kind.config_class(**config.to_dict())))))
-    dense.save_pretrained(tmp_path / "dense")
     assert not layers(dense) and getattr(dense.config, "quantization_config", None) is None
-    assert torch.equal(logits(kind.from_pretrained(tmp_path / "dense")), logits(dense))
+    saved(dense, "dense")
 
 
 def test_truncation_takes_the_cut_that_costs_least_each_time() -> None:

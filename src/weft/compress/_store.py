@@ -55,7 +55,7 @@ class Store:
 
     def get(self, layer: str) -> dict[str, Tensor]:
         """A finished layer's tensors."""
-        return self._kept[layer] if self.folder is None else load_file(str(self._path(layer)))
+        return self._kept[layer] if self.folder is None else _read(self._path(layer))
 
     def once(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns, made once and kept apart from the layers."""
@@ -65,7 +65,13 @@ class Store:
         if not path.exists():
             tensors = make()
             _whole(path, lambda draft: save_file(_bare(tensors), str(draft)))
-        return load_file(str(path))
+        return _read(path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, each in memory of its own: on some processors a product's last bits depend on where its factors
+    begin, which in a file may be anywhere."""
+    return {name: t.clone() for name, t in load_file(str(path)).items()}
 
 
 def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
