@@ -441,13 +441,14 @@ def test_a_shrunk_transformer_is_saved_and_loaded(family: str, tmp_path: Any) ->
             return of.eval()(**given).logits
 
     def saved(of: Any, name: str) -> Any:
-        """The model, written and read: to the bit in its weights; where these lie moves the last bit of a logit."""
+        """The model, written and read: the same to the bit, in its weights and in its logits."""
         of.save_pretrained(tmp_path / name)
         found = kind.from_pretrained(tmp_path / name)
         weights = found.state_dict()
         assert list(weights) == list(of.state_dict())
         assert all(torch.equal(t, weights[name]) for name, t in of.state_dict().items())
-        torch.testing.assert_close(logits(found), logits(of), rtol=1e-5, atol=1e-6)
+        # those of a file may begin anywhere, which on some processors moves the last bits of a product
+        assert torch.equal(logits(copy.deepcopy(found)), logits(copy.deepcopy(of)))
         return found
 
     wanted = logits(model)
