@@ -144,6 +144,12 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
+def compared(times: tuple[list[float], list[float]]) -> dict[str, Any]:
+    """The medians of two, and their ratio."""
+    seconds = [statistics.median(t) for t in times]
+    return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
+
+
 def race(ours: Any, theirs: Any, build: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Interleaved steps of two configs on the same model; median times, their ratio, and the ratio of peaks."""
     (mine, a), (other, b) = attach(build, ours(), args), attach(build, theirs(), args)
@@ -155,10 +161,8 @@ def race(ours: Any, theirs: Any, build: Any, args: argparse.Namespace) -> dict[s
         for k in ((0, 1), (1, 0))[i % 2]:
             times[k].append(timed((a, b)[k], args.device))
     memory = peak_bytes(a, args.device), peak_bytes(b, args.device)
-    seconds = [statistics.median(t) for t in times]
     return {
-        "seconds": seconds,
-        "time_ratio": seconds[0] / seconds[1],
+        **compared(times),
         "time_ratio_paired": statistics.median(x / y for x, y in zip(*times)),
         "peak_bytes": list(memory),
         "memory_ratio": memory[0] / max(memory[1], 1),
@@ -175,8 +179,7 @@ def attach_cost(ours: Any, theirs: Any, args: argparse.Namespace) -> dict[str, A
             model, config = Block(args.width).to(args.device, args.dtype), make()
             config.target_modules = [str(i) for i in range(LAYERS)]
             times[k].append(timed(lambda m=model, c=config: peft.get_peft_model(m, c), args.device))  # type: ignore[misc]
-    seconds = [statistics.median(t) for t in times]
-    return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
+    return compared(times)
 
 
 def gradient_pass(args: argparse.Namespace) -> dict[str, Any]:
@@ -190,8 +193,7 @@ def gradient_pass(args: argparse.Namespace) -> dict[str, Any]:
         weights, batches = dict(model.named_parameters()), Batches(model, loss)
         times[0].append(timed(lambda m=model, w=weights, b=batches: lora_sb._gradient_sums(m, w, b), args.device))  # type: ignore[misc]
         times[1].append(timed(lambda m=model, f=loss: f(m).backward(), args.device))  # type: ignore[misc]
-    seconds = [statistics.median(t) for t in times]
-    return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
+    return compared(times)
 
 
 def whole(transform: Transform, device: str | torch.device) -> Transform:
@@ -209,8 +211,7 @@ def transform_cost(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.repeats):
         for k, way in enumerate(ways):
             times[k].append(timed(lambda t=way: t.inverse(f), args.device))  # type: ignore[misc]
-    seconds = [statistics.median(t) for t in times]
-    return {"seconds": seconds, "time_ratio": seconds[0] / seconds[1]}
+    return compared(times)
 
 
 def dense_qwha() -> Any:

@@ -104,10 +104,10 @@ def clicks() -> Iterator[tuple[str, Line]]:
 
     for data in ctr.SEEDS:
         rows = ctr.measured(data)
+        models = ", ".join(dict.fromkeys(row["model"] for row in rows))
         for times, (one, other) in product(ctr.SMALLER, CLICKS) if rows else ():
             mine, theirs = one.format(times), other.format(times)
             apart, low, high = ctr.above(rows, mine, theirs)
-            models = ", ".join(dict.fromkeys(row["model"] for row in rows))
             found = f"{models} on {data}: {told(apart, low, high, 'points')}"
             yield "clicks", Line("atomic_feature_mimicking", f"{mine} above {theirs} in AUC", found, verdict(low, high))
 
