@@ -44,6 +44,7 @@ from adapters import processor
 from compression import corpora, losses
 from int21 import lessons
 from sanity import encoder, open_text
+from studies import without_dropout
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -122,11 +123,10 @@ def model_of(problem: str, data: Path) -> tuple[Any, Any]:
 def fine_tuned(problem: str, data: Path, to: Path) -> None:
     """The encoder after two passes over the training rows, at the customary 5e-5."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    source = encoder(to.parent)
+    source = without_dropout(encoder(to.parent))
     tokenizer = AutoTokenizer.from_pretrained(source)
     torch.manual_seed(0)
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, **off)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
     rows, _ = rows_of(problem, data, tokenizer)
     how = {"rate": 5e-5, "steps": 2 * len(rows) // 32, "seed": 0}
     taught(model, copy.deepcopy(model), "svd", {}, rows, tokenizer, problem, **how)  # which learns the task alone
