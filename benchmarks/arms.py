@@ -179,6 +179,13 @@ def orders(
                 yield problem, one, other, *order(tested[problem, one], tested[problem, other], score)
 
 
+def within(one: Sequence[Row], other: Sequence[Row], score: str, margin: float = 0.01) -> tuple[str, str]:
+    """Whether the first is at most `margin` below the other; and the difference with its interval."""
+    middle, low, high = gap(one, other, score)
+    word = "holds" if low > -margin else "reversed" if high < -margin else "tie"
+    return word, f"{middle:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "−")
+
+
 def close(one: Sequence[Row], other: Sequence[Row], score: str, higher: bool = True) -> tuple[str, str]:
     """Whether the first reaches the second, to two deviations over its seeds or 1 %: holds or reversed; and the gap."""
     a, b = (np.array([row["scores"][score] for row in rows]) for rows in (one, other))

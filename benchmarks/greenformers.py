@@ -362,9 +362,8 @@ def near(study: arms.Study) -> Iterator[tuple[str, str, str]]:
     """Arms, how far they are from full, and the word for whether that is within a point."""
     mine = {arm: runs for (_, arm), runs in study.tested().items()}
     for arm in [arm for arm in ARMS[1:] if {arm, "full"} <= set(mine)]:
-        middle, low, high = arms.gap(mine[arm], mine["full"], "accuracy")
-        word = "holds" if low > -0.01 else "reversed" if high < -0.01 else "tie"
-        yield arm, f"{middle:+.4f} ({low:+.4f} to {high:+.4f})".replace("-", "−"), word
+        word, shown = arms.within(mine[arm], mine["full"], "accuracy")
+        yield arm, shown, word
 
 
 def study_of(

@@ -83,6 +83,7 @@ PAIRS = [
 HELD_OUT, CENTRE, OUT = {"prose7m": 32, "sst2": 400, "mrpc": 200}, 3e-4, arms.RESULTS / "trained"
 STEPS = 100
 SCORES = {"prose7m": ("wikitext2", "c4"), "sst2": ("accuracy",), "mrpc": ("accuracy",)}
+BUILD = Path("build") / "trained"  # models that are made on the way
 COMPARED = Path(__file__).parents[1] / "docs" / "results" / "trained"
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "trained.svg"
 COLOURS = {"svd": "#8a5a00", "pela": "#1f5f8b", "dsformer": "#a03060"}
@@ -107,14 +108,32 @@ def encoded(problem: str, split: str, data: Path, tokenizer: Any) -> Rows:
     ]
 
 
-def model_of(problem: str, data: Path) -> tuple[Any, Any]:
-    """The model before it is compressed, and its tokenizer."""
-    if llama := problem == "prose7m":
-        path, kind = data / "models" / "prose7m_llama", AutoModelForCausalLM
-    else:
-        path, kind = Path("build") / "trained" / problem, AutoModelForSequenceClassification
-        if not (path / "config.json").exists():
-            fine_tuned(problem, data, path)
+def whole(problem: str, data: Path) -> Path:
+    """The model before it is compressed."""
+    if problem == "prose7m":
+        return data / "models" / "prose7m_llama"
+    path = BUILD / problem
+    if not (path / "config.json").exists():
+        fine_tuned(problem, data, path)
+    return path
+
+
+def compressed(problem: str, data: Path, method: str, keep: float) -> Path:
+    """What a method makes of it: made once for all that train it; `kept` holds the share of the bits."""
+    path = BUILD / f"{problem} {method} {keep}"
+    if not (path / "kept").exists():
+        model, tokenizer = loaded(problem, whole(problem, data))
+        report = weft.compress(model, method, keep=keep)
+        tokenizer.save_pretrained(path)
+        model.save_pretrained(path)
+        (path / "kept").write_text(f"{report.keep:.5f}", encoding="utf-8")
+    return path
+
+
+def loaded(problem: str, path: Path) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    llama = problem == "prose7m"
+    kind = AutoModelForCausalLM if llama else AutoModelForSequenceClassification
     # plain products: in bfloat16 and on a CPU, torch's own attention takes ten times as long backwards
     model = kind.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa" if llama else "eager")
     return model.eval(), AutoTokenizer.from_pretrained(path)
@@ -184,14 +203,12 @@ def measure(context: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     started, data = time.perf_counter(), Path(context["data_dir"])
     problem, _, keep = job["problem"].partition(" keep ")
     compresses, teaches, options = ARMS[job["arm"]]
-    model, tokenizer = model_of(problem, data)
-    row: dict[str, Any] = {}
+    path = compressed(problem, data, compresses, float(keep)) if compresses else whole(problem, data)
+    model, tokenizer = loaded(problem, path)
+    row: dict[str, Any] = {"keep": float((path / "kept").read_text(encoding="utf-8"))} if compresses else {}
     rows, held_out = rows_of(problem, data, tokenizer)
-    if compresses:
-        report = weft.compress(model, compresses, keep=float(keep))
-        row["keep"] = round(report.keep, 5)
     if teaches:
-        teacher, _ = model_of(problem, data)
+        teacher, _ = loaded(problem, whole(problem, data))
         how = {"rate": job["rate"], "steps": job["steps"], "seed": job["seed"]}
         taught(model, teacher, teaches, options, rows, tokenizer, problem, **how)
     if problem == "prose7m":
@@ -223,12 +240,11 @@ def timed(problem: str, data: Path, steps: int = 12) -> Iterator[dict[str, Any]]
     passes: dict[str, float] = {}
     took: dict[str, float] = {}
     for arm, (compresses, teaches, options) in ARMS.items():
-        model, tokenizer = model_of(problem, data)
+        path = compressed(problem, data, compresses, 0.5) if compresses else whole(problem, data)
+        model, tokenizer = loaded(problem, path)
         rows, _ = rows_of(problem, data, tokenizer)
-        if compresses:
-            weft.compress(model, compresses, keep=0.5)
         if teaches or not compresses:
-            teacher, _ = model_of(problem, data)
+            teacher, _ = loaded(problem, whole(problem, data))
             how: dict[str, Any] = {"rate": 1e-5, "steps": steps, "seed": 0}
             took[arm] = taught(model, teacher, teaches or "svd", options, rows, tokenizer, problem, **how)
         batch: dict[str, Tensor] = (
@@ -263,8 +279,8 @@ def report(study: arms.Study, times: Path) -> Iterator[str]:
             rows.append([arm, rate, f"{runs[0].get('keep', 1):.3f}", *found])
         yield from arms.table(["arm", "rate", "bits kept", *SCORES[task]], rows)
         yield ""
-        for one, other, score, word, shown in verdicts(mine, SCORES[task]):
-            yield f"- {one} better than {other}, {score}: {shown}, {word}"
+        for _, claim, score, word, shown in verdicts(mine, SCORES[task]):
+            yield f"- {claim}, {score}: {shown}, {word}"
         yield ""
     if times.exists():
         found = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
@@ -278,10 +294,14 @@ def collapsed(mine: dict[str, list[arms.Row]], arm: str, score: str) -> bool:
 
 
 def verdicts(mine: dict[str, list[arms.Row]], scores: tuple[str, ...]) -> Iterator[tuple[str, str, str, str, str]]:
+    """The arm that a claim is about, the claim, the score, the word and the figures."""
     for one, other in PAIRS:
         for score in scores if one in mine and other in mine else ():
             word, shown = arms.order(mine[one], mine[other], score, higher=score == "accuracy")
-            yield one, other, score, "collapsed" if collapsed(mine, one, score) else word, shown
+            yield one, f"{one} better than {other}", score, "collapsed" if collapsed(mine, one, score) else word, shown
+    if "accuracy" in scores and {"pela", "whole"} <= set(mine):
+        word, shown = arms.within(mine["pela"], mine["whole"], "accuracy")
+        yield "pela", "pela within a point of the whole model", "accuracy", word, shown
 
 
 def study_of(steps: int = STEPS, seeds: int = 3, problems: tuple[str, ...] = PROBLEMS, out: Path = OUT) -> arms.Study:
@@ -352,8 +372,10 @@ def main() -> None:
         times.parent.mkdir(parents=True, exist_ok=True)
         times.write_text("".join(lines), encoding="utf-8")
     elif not args.tables:
-        for problem in problems:
-            model_of(problem, args.data_dir)  # which may be fine-tuned first
+        for job in study.due(study.rows()):  # what its processes would otherwise make side by side
+            problem, _, keep = job["problem"].partition(" keep ")
+            if compresses := ARMS[job["arm"]][0]:
+                compressed(problem, args.data_dir, compresses, float(keep))
         made_by = {"device": processor(), "commit": commit(), "versions": {"torch": torch.__version__}}
         study.run(measure, {"data_dir": str(args.data_dir), "made_by": made_by}, args.workers)
     print("\n".join(report(study_of(args.steps, args.seeds, out=args.out), times)))

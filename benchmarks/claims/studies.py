@@ -200,10 +200,9 @@ def repaired() -> Iterator[tuple[str, Line]]:
     for problem in dict.fromkeys(problem for problem, _ in tested):
         mine = {arm: tested[problem, arm] for arm in compression.ARMS if (problem, arm) in tested}
         scores = compression.SCORES[problem.partition(" keep ")[0]]
-        for one, other, score, word, shown in compression.verdicts(mine, scores):
-            if one != "svd, trained":
-                method = compression.ARMS[one][0]
-                yield "trained", Line(method, f"{one} better than {other}", f"{problem}, {score}: {shown}", word)
+        for arm, claim, score, word, shown in compression.verdicts(mine, scores):
+            if arm != "svd, trained":
+                yield "trained", Line(compression.ARMS[arm][0], claim, f"{problem}, {score}: {shown}", word)
 
 
 def faces() -> Iterator[tuple[str, Line]]:
