@@ -22,8 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sanity import open_text, shakespeare
-from studies import RESULTS, configure, write_rows
+from sanity import configure, open_text, shakespeare
+from studies import RESULTS, write_rows
 
 PIECE = 8192  # characters of a book that count as one text
 PRETRAINED = {  # entry → its options, at a quarter of the width as GaLore's authors choose the rank

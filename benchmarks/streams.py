@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sanity import encoder, open_text
-from studies import without_dropout
+from sanity import encoder, open_text, without_dropout
 
 import weft
 from weft.run.adapt import method_keys_of

@@ -21,14 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sanity import encoder, open_text, shakespeare
+from sanity import encoder, open_text, shakespeare, without_dropout
 
 import weft
 
@@ -75,26 +74,6 @@ def glue(task: str, source: Path, folder: Path) -> list[str]:
     options += ["--target-modules", str(modules), "--batch-size", "16", "--max-length", "96"]
     model = encoder(folder.parent)
     return ["--model", str(model if task == "sst2" else without_dropout(model)), *map(str, options)]
-
-
-def without_dropout(model: Path) -> Path:
-    """The encoder beside itself, with dropout off: with it, few seeds leave the most frequent class in 250 steps."""
-    out = model.with_name("plain")
-    out.mkdir(exist_ok=True)
-    for file in model.iterdir():
-        if file.name != "config.json" and not (out / file.name).exists():
-            (out / file.name).symlink_to(file.resolve())
-    shutil.copyfile(model / "config.json", out / "config.json")
-    configure(out, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return out
-
-
-def configure(model: Path, **fields: float) -> None:
-    """Set fields of a model's config, and attention in plain products: on a CPU and in bfloat16, torch's own takes ten
-    times as long backwards where nothing is dropped."""
-    path = model / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, **fields, "attn_implementation": "eager"}), encoding="utf-8")
 
 
 def prepared(task: str, source: Path, folder: Path) -> list[str]:

@@ -43,8 +43,7 @@ import torch
 from adapters import processor
 from compression import corpora, losses
 from int21 import lessons
-from sanity import encoder, open_text
-from studies import without_dropout
+from sanity import encoder, open_text, without_dropout
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
