@@ -12,7 +12,8 @@ problem is a trained model whose blocks' linear layers keep 0.67, 0.5 or 0.33 of
     prose7m     learns from Wikipedia articles and C4 documents, four windows of 256 tokens a step; nats a token of
                 WikiText-2's test text and of other C4 documents
     sst2, mrpc  all-MiniLM without dropout, fine-tuned on the task before (build/trained), learns from its training
-                rows, 32 a step, in bfloat16; accuracy on the development rows
+                rows, 32 a step; accuracy on the development rows. What is trained is so in bfloat16, and computes in
+                it afterwards; what is not, in float32
 
     svd                     the nearest of low rank
     svd, trained            the task alone
@@ -236,16 +237,16 @@ def tested(model: Any, problem: str, data: Path, tokenizer: Any) -> dict[str, np
 def timed(problem: str, data: Path, steps: int = 12) -> Iterator[dict[str, Any]]:
     """Of each arm at half of the bits: a training step and a pass of the batch, in times of the whole model's."""
     torch.set_num_threads(1)
-    passes: dict[str, float] = {}
-    took: dict[str, float] = {}
+    first: dict[str, float] = {}
     for arm, (compresses, teaches, options) in ARMS.items():
+        if compresses and not teaches:
+            continue  # of the same form as a trained one
         path = compressed(problem, data, compresses, 0.5) if compresses else whole(problem, data)
         model, tokenizer = loaded(problem, path)
         rows, _ = rows_of(problem, data, tokenizer)
-        if teaches or not compresses:
-            teacher, _ = loaded(problem, whole(problem, data))
-            how: dict[str, Any] = {"rate": 1e-5, "steps": steps, "seed": 0}
-            took[arm] = taught(model, teacher, teaches or "svd", options, rows, tokenizer, problem, **how)
+        teacher, _ = loaded(problem, whole(problem, data))
+        how: dict[str, Any] = {"rate": 1e-5, "steps": steps, "seed": 0}
+        took = {"step": taught(model, teacher, teaches or "svd", options, rows, tokenizer, problem, **how)}
         batch: dict[str, Tensor] = (
             {"input_ids": torch.stack([row["input_ids"] for row in rows[:4]])}
             if problem == "prose7m"
@@ -257,9 +258,9 @@ def timed(problem: str, data: Path, steps: int = 12) -> Iterator[dict[str, Any]]
                 started = time.perf_counter()
                 model(**batch)
                 seconds.append(time.perf_counter() - started)
-        passes[arm] = statistics.median(seconds[1:])
-        step = took[arm] / took["whole"] if arm in took else None
-        yield {"problem": problem, "arm": arm, "step": step, "pass": passes[arm] / passes["whole"]}
+        took["pass"] = statistics.median(seconds[1:])
+        first = first or took
+        yield {"problem": problem, "arm": arm, **{name: took[name] / first[name] for name in took}}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def report(study: arms.Study, times: Path) -> Iterator[str]:
         yield ""
     if times.exists():
         found = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
-        cells = ([x["problem"], x["arm"], f"{x['step']:.2f}" if x["step"] else "–", f"{x['pass']:.2f}"] for x in found)
+        cells = ([x["problem"], x["arm"], f"{x['step']:.2f}", f"{x['pass']:.2f}"] for x in found)
         yield from arms.table(["problem", "arm", "a training step", "a pass"], cells)
 
 
