@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft import registry
-from weft.errors import UsageError
+from weft.errors import UsageError, nearest
 from weft.run import adapt as _adapt
 from weft.run.budget import Budget, steps_of
 from weft.run.card import REPORT_FILE, write_words
@@ -73,6 +73,11 @@ def request(options: CompressOptions, method: str, train: str, work: Path) -> _a
     own = [key for key in (*fixed, "optimizer") if key in settings]
     if own:
         raise UsageError(f"train={train!r}: {own[0]} is the compression's own")
+    known = {option.name for option in _adapt.run_options()} | set(_adapt.method_keys_of("full").values())
+    for key in settings:
+        if key not in known:
+            there = known - {*fixed, "optimizer", "max_steps"} | {"steps", "minutes"}
+            raise UsageError(f"train={train!r}: unknown option {key!r}: {nearest(key, there)}")
     if minutes is not None and "epochs" in settings:
         raise UsageError(f"train={train!r}: minutes or epochs, not both")
     recipe = registry.card(method).recipe or RECIPE
