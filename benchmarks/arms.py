@@ -159,10 +159,15 @@ def gap(one: Sequence[Row], other: Sequence[Row], score: str) -> tuple[float, fl
     return float(np.mean([a["scores"][score] - b["scores"][score] for a, b in pairs])), float(low), float(high)
 
 
+def told(middle: float, low: float, high: float) -> str:
+    """A difference with its interval."""
+    return f"{middle:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "−")
+
+
 def order(one: Sequence[Row], other: Sequence[Row], score: str, higher: bool = True) -> tuple[str, str]:
     """Whether the first is better: holds, reversed or tie; and the difference with its interval."""
     middle, low, high = gap(one, other, score)
-    shown = f"{middle:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "−")
+    shown = told(middle, low, high)
     if not math.isfinite(low + high):
         return "collapsed", shown
     ends = (low, high) if higher else (-high, -low)
@@ -183,7 +188,7 @@ def within(one: Sequence[Row], other: Sequence[Row], score: str, margin: float =
     """Whether the first is at most `margin` below the other; and the difference with its interval."""
     middle, low, high = gap(one, other, score)
     word = "holds" if low > -margin else "reversed" if high < -margin else "tie"
-    return word, f"{middle:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "−")
+    return word, told(middle, low, high)
 
 
 def close(one: Sequence[Row], other: Sequence[Row], score: str, higher: bool = True) -> tuple[str, str]:

@@ -119,7 +119,9 @@ def whole(problem: str, data: Path) -> Path:
 
 
 def compressed(problem: str, data: Path, method: str, keep: float) -> Path:
-    """What a method makes of it: made once for all that train it; `kept` holds the share of the bits."""
+    """What a method, if any, makes of it: made once for all that train it; `kept` holds the share of the bits."""
+    if not method:
+        return whole(problem, data)
     path = BUILD / f"{problem} {method} {keep}"
     if not (path / "kept").exists():
         model, tokenizer = loaded(problem, whole(problem, data))
@@ -203,7 +205,7 @@ def measure(context: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     started, data = time.perf_counter(), Path(context["data_dir"])
     problem, _, keep = job["problem"].partition(" keep ")
     compresses, teaches, options = ARMS[job["arm"]]
-    path = compressed(problem, data, compresses, float(keep)) if compresses else whole(problem, data)
+    path = compressed(problem, data, compresses, float(keep))
     model, tokenizer = loaded(problem, path)
     row: dict[str, Any] = {"keep": float((path / "kept").read_text(encoding="utf-8"))} if compresses else {}
     rows, held_out = rows_of(problem, data, tokenizer)
@@ -241,7 +243,7 @@ def timed(problem: str, data: Path, steps: int = 12) -> Iterator[dict[str, Any]]
     for arm, (compresses, teaches, options) in ARMS.items():
         if compresses and not teaches:
             continue  # of the same form as a trained one
-        path = compressed(problem, data, compresses, 0.5) if compresses else whole(problem, data)
+        path = compressed(problem, data, compresses, 0.5)
         model, tokenizer = loaded(problem, path)
         rows, _ = rows_of(problem, data, tokenizer)
         teacher, _ = loaded(problem, whole(problem, data))
@@ -374,8 +376,7 @@ def main() -> None:
     elif not args.tables:
         for job in study.due(study.rows()):  # what its processes would otherwise make side by side
             problem, _, keep = job["problem"].partition(" keep ")
-            if compresses := ARMS[job["arm"]][0]:
-                compressed(problem, args.data_dir, compresses, float(keep))
+            compressed(problem, args.data_dir, ARMS[job["arm"]][0], float(keep))
         made_by = {"device": processor(), "commit": commit(), "versions": {"torch": torch.__version__}}
         study.run(measure, {"data_dir": str(args.data_dir), "made_by": made_by}, args.workers)
     print("\n".join(report(study_of(args.steps, args.seeds, out=args.out), times)))

@@ -74,10 +74,10 @@ def request(options: CompressOptions, method: str, train: str, work: Path) -> _a
     if own:
         raise UsageError(f"train={train!r}: {own[0]} is the compression's own")
     known = {option.name for option in _adapt.run_options()} | set(_adapt.method_keys_of("full").values())
-    for key in settings:
-        if key not in known:
-            there = known - {*fixed, "optimizer", "max_steps"} | {"steps", "minutes"}
-            raise UsageError(f"train={train!r}: unknown option {key!r}: {nearest(key, there)}")
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        there = known - {*fixed, "optimizer", "max_steps"} | {"steps", "minutes"}
+        raise UsageError(f"train={train!r}: unknown option {unknown[0]!r}: {nearest(unknown[0], there)}")
     if minutes is not None and "epochs" in settings:
         raise UsageError(f"train={train!r}: minutes or epochs, not both")
     recipe = registry.card(method).recipe or RECIPE
