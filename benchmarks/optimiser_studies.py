@@ -9,8 +9,8 @@
 
 The loss is on the last part of each book; "other text" is wikitext2's test split. DIR holds gutenberg_books/,
 wikitext2/, tinyshakespeare/, models/stories260k_llama and the tokenizer of models/prose7m_llama; APOLLO is the package
-apollo-torch (`pip install --no-deps apollo-torch`). A study lies in docs/results/STUDY; killed, it goes on where it
-stopped. Further options are those of `weft compare`.
+apollo-torch, which imports bitsandbytes (`pip install --no-deps apollo-torch bitsandbytes`). A study lies in
+docs/results/STUDY; killed, it goes on where it stopped. Further options are those of `weft compare`.
 """
 
 from __future__ import annotations

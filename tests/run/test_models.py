@@ -32,6 +32,13 @@ def test_fields_of_the_config_change_the_model_and_what_follows_from_them(llama)
         assert model.model.layers[2].self_attn.q_proj.weight.shape == (16 * heads, 16 * heads)  # head_dim followed
 
 
+def test_how_a_config_says_that_attention_is_computed_holds_from_random_weights_too(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    spec = f"config:{tmp_path}?tokenizer={llama}&num_hidden_layers=1"
+    assert models.load_base(spec, "causal-lm").model.config._attn_implementation == "eager"
+
+
 def test_another_tokenizer_brings_its_vocabulary_and_its_special_tokens(llama):
     base = models.load_base(f"config:{llama}/config.json?tokenizer=builtin:pycode", "causal-lm")
     assert base.model.get_input_embeddings().num_embeddings == len(base.tokenizer) == 2048

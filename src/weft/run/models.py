@@ -362,7 +362,8 @@ def _changed(spec: str, config: Any) -> Any:
         if name not in fields and any(source in fields for source in sources):
             saved.pop(name, None)
     try:
-        return type(config).from_dict(saved | {name: yaml.safe_load(value) for name, value in fields.items()})
+        given = {name: yaml.safe_load(value) for name, value in fields.items()}
+        return type(config).from_dict(saved | given, attn_implementation=config._attn_implementation)
     except (ValueError, TypeError, StrictDataclassError, yaml.YAMLError) as error:  # what a config checks itself
         raise UsageError(f"model {spec!r}: {_reason(error.__cause__ or error)}") from error
 
