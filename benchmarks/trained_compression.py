@@ -113,7 +113,7 @@ def whole(problem: str, data: Path) -> Path:
     if problem == "prose7m":
         return data / "models" / "prose7m_llama"
     path = BUILD / problem
-    if not (path / "config.json").exists():
+    if not path.exists():
         fine_tuned(problem, data, path)
     return path
 
@@ -151,8 +151,10 @@ def fine_tuned(problem: str, data: Path, to: Path) -> None:
     rows, _ = rows_of(problem, data, tokenizer)
     how = {"rate": 5e-5, "steps": 2 * len(rows) // 32, "seed": 0}
     taught(model, copy.deepcopy(model), "svd", {}, rows, tokenizer, problem, **how)  # which learns the task alone
-    tokenizer.save_pretrained(to)
-    model.save_pretrained(to)
+    written = to.with_name(f"{to.name}.part")
+    tokenizer.save_pretrained(written)
+    model.save_pretrained(written)
+    written.rename(to)
 
 
 def taught(
