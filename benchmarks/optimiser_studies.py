@@ -31,12 +31,7 @@ PRETRAINED = {  # entry → its options, at a quarter of the width as GaLore's a
     "full@galore": {"rank": 48, "update_proj_gap": 50},
     "full@galore#8bit": {"rank": 48, "update_proj_gap": 50, "inner": "adamw8bit"},
     "full@dct_projection": {"rank": 48},
-    "full@dct_projection#trion": {"rank": 48, "form": "trion"},
     "full@hf:adafactor": {},
-    "full@hf:apollo_adamw": {
-        "optim_args": "rank=48,update_proj_gap=50,proj=random,scale=1,scale_type=channel",
-        "optim_target_modules": "self_attn,mlp",
-    },
     "lowrank": {"rank": 48},
     "sltrain": {"rank": 48, "lora_alpha": 12},
     "lost": {"rank": 48},
