@@ -8,8 +8,7 @@
     fine-tuning   stories260k → TinyShakespeare: every weight by each optimiser, LoRA, and LoRA-Pro
 
 The loss is on the last part of each book; "other text" is wikitext2's test split. DIR holds gutenberg_books/,
-wikitext2/, tinyshakespeare/, models/stories260k_llama and the tokenizer of models/prose7m_llama; APOLLO is the package
-apollo-torch, which imports bitsandbytes (`pip install --no-deps apollo-torch bitsandbytes`). A study lies in
+wikitext2/, tinyshakespeare/, models/stories260k_llama and the tokenizer of models/prose7m_llama. A study lies in
 docs/results/STUDY; killed, it goes on where it stopped. Further options are those of `weft compare`.
 """
 
