@@ -58,6 +58,7 @@ from transformers import (
 from transformers.utils import logging
 
 import weft
+from weft.linear._transformers import whole_folder
 from weft.run.compare import commit
 from weft.run.tradeoffs import is_trained, slug_of
 
@@ -123,12 +124,13 @@ def compressed(problem: str, data: Path, method: str, keep: float) -> Path:
     if not method:
         return whole(problem, data)
     path = BUILD / f"{problem} {method} {keep}"
-    if not (path / "kept").exists():
+    if not path.exists():
         model, tokenizer = loaded(problem, whole(problem, data))
         report = weft.compress(model, method, keep=keep)
-        tokenizer.save_pretrained(path)
-        model.save_pretrained(path)
-        (path / "kept").write_text(f"{report.keep:.5f}", encoding="utf-8")
+        with whole_folder(path) as part:
+            tokenizer.save_pretrained(part)
+            model.save_pretrained(part)
+            (part / "kept").write_text(f"{report.keep:.5f}", encoding="utf-8")
     return path
 
 
@@ -151,10 +153,9 @@ def fine_tuned(problem: str, data: Path, to: Path) -> None:
     rows, _ = rows_of(problem, data, tokenizer)
     how = {"rate": 5e-5, "steps": 2 * len(rows) // 32, "seed": 0}
     taught(model, copy.deepcopy(model), "svd", {}, rows, tokenizer, problem, **how)  # which learns the task alone
-    written = to.with_name(f"{to.name}.part")
-    tokenizer.save_pretrained(written)
-    model.save_pretrained(written)
-    written.rename(to)
+    with whole_folder(to) as part:
+        tokenizer.save_pretrained(part)
+        model.save_pretrained(part)
 
 
 def taught(

@@ -77,10 +77,11 @@ MIMICKED = "outputs mimicked beat singular values cut, at keep {keep}"
 
 
 def told(difference: float, low: float, high: float, unit: str = "") -> str:
-    """A difference with its interval."""
+    """A difference with its interval, and in what."""
+    import arms
+
     scale = 100 if unit == "points" else 1
-    one, two, three = (f"{scale * value:+.3g}" for value in (difference, low, high))
-    return f"{one} ({two} to {three}){' ' + unit if unit else ''}".replace("-", "−")
+    return f"{arms.told(scale * difference, scale * low, scale * high)} {unit}".rstrip()
 
 
 def verdict(low: float, high: float) -> str:
