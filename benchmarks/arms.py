@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from weft.files import write_text
 from weft.run.spread import Function, processes
 
 Row = dict[str, Any]
@@ -101,13 +101,7 @@ class Study:
         """All rows of this study and what else the file holds, whole or not at all."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         others = [row for row in map(json.loads, lines) if row["steps"] != self.steps[row["phase"]]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in (*others, *rows))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (*others, *rows)))
 
     def tested(self) -> dict[tuple[str, str], list[Row]]:
         """The tested runs of every problem and arm, by seed."""

@@ -25,6 +25,7 @@ from adapters import processor
 from claims.ledger import interval
 
 import weft
+from weft.files import write_text
 from weft.run.compare import commit
 
 KEEPS = (0.9, 0.7, 0.5)
@@ -65,10 +66,7 @@ def main() -> None:
         **{"device": processor(), "commit": commit(), "dense": float(dense.mean()), "rows": rows},
     }
     out = Path(__file__).parent / "results" / "convolutions" / f"{args.model}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_suffix(".part")
-    draft.write_text(json.dumps(document), encoding="utf-8")
-    draft.replace(out)
+    write_text(out, json.dumps(document))
 
 
 if __name__ == "__main__":

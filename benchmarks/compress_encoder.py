@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import weft
+from weft.files import write_text
 from weft.run.compare import commit
 from weft.run.distil import learns
 
@@ -135,13 +136,10 @@ def main() -> None:
         "dense": similarities(AutoModel.from_pretrained(path), tokenizer, test),
         "rows": json.loads(OUT.read_text(encoding="utf-8"))["rows"] if OUT.exists() else {},
     }
-    OUT.parent.mkdir(parents=True, exist_ok=True)
     only = list(filter(None, args.only.split(",")))
     for slug in only or [s for s in sorted(weft.cards("compress")) if s not in document["rows"] and not learns(s)]:
         document["rows"][slug] = measure(slug, path, tokenizer, args.data_dir)
-        draft = OUT.with_suffix(".part")
-        draft.write_text(json.dumps(document), encoding="utf-8")
-        draft.replace(OUT)
+        write_text(OUT, json.dumps(document))
     print("\n".join(tables(document, test[2])))
 
 

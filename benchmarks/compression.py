@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import weft
+from weft.files import write_text
 from weft.run.compare import commit
 
 KEEPS = (0.9, 0.8, 0.7, 0.5)
@@ -139,15 +140,12 @@ def main() -> None:
         "dense": {corpus: losses(model, windows[corpus]) for corpus in ("wikitext2", "c4")},
         "rows": before,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     for name in SETTINGS:
         if (only and not name.startswith(only)) or (not only and name in before):
             continue
         document["rows"] = {**document["rows"], name: measure(name, path, windows)}
         document["rows"] = {n: document["rows"][n] for n in SETTINGS if n in document["rows"]}
-        draft = out.with_suffix(".part")
-        draft.write_text(json.dumps(document), encoding="utf-8")
-        draft.replace(out)
+        write_text(out, json.dumps(document))
         shown = {keep: round(float(np.mean(each["c4"])), 3) for keep, each in document["rows"][name].items()}
         print(f"{name}, c4: {shown}", flush=True)
     print("\n".join(tables(document)))

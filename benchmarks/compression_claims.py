@@ -36,6 +36,7 @@ import weft
 from weft.compress._calibration import Corpus, calibrate
 from weft.compress._layers import targets
 from weft.compress.r_sparse import search
+from weft.files import write_text
 from weft.run.compare import commit
 
 KEEPS = (0.9, 0.8, 0.7, 0.5)
@@ -209,15 +210,12 @@ def main() -> None:
         "dense": tested(fresh(), windows),
         "claims": before,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     for run in (armor, welore, r_sparse):
         name = run.__name__
         if args.only not in (None, name) or (name in before and args.only is None):
             continue
         document["claims"][name] = run(fresh, windows, batches)
-        draft = file.with_suffix(".part")
-        draft.write_text(json.dumps(document), encoding="utf-8")
-        draft.replace(file)
+        write_text(file, json.dumps(document))
     print("\n".join(tables(document)))
 
 

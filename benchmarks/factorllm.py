@@ -36,6 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import logging
 
 import weft
+from weft.files import write_text
 from weft.linear.routed_mlp import RoutedMlp
 from weft.run.compare import commit
 
@@ -197,9 +198,7 @@ def main() -> None:
         study.run(measure, {"data_dir": str(args.data_dir), "made_by": made_by}, args.workers)
         if not times.exists():
             found = list(timed(args.data_dir / "models" / PROBLEM, args.repeats))
-            draft = times.with_suffix(".part")
-            draft.write_text(json.dumps({**made_by, "times": found}, indent=1) + "\n", encoding="utf-8")
-            draft.replace(times)
+            write_text(times, json.dumps({**made_by, "times": found}, indent=1) + "\n")
     print("\n".join(report(study, times)))
 
 

@@ -41,6 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 import weft
+from weft.files import write_text
 from weft.linear.quantised_plus_low_rank import QuantisedPlusLowRank, coded_bits
 from weft.run.compare import commit
 
@@ -259,10 +260,7 @@ def _write(path: Path, found: dict[str, Any]) -> None:
         "commit": commit(),
         **found,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import weft
+from weft.files import write_text
 from weft.pretrain.maestro import recalibrate, shrink, truncate
 
 ROWS = Path(__file__).parent / "results" / "maestro" / "runs.jsonl"
@@ -174,11 +175,7 @@ def once(run: Callable[..., dict[str, Any]], name: str, make: Callable[[], Task]
         if all(row.get(key) == value for key, value in asked.items()):
             return row
     row = {**asked, **run(make(), **how)}
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    whole = "".join(json.dumps(known) + "\n" for known in [*rows(), row])
-    draft = ROWS.with_suffix(".part")
-    draft.write_text(whole, encoding="utf-8")
-    draft.replace(ROWS)
+    write_text(ROWS, "".join(json.dumps(known) + "\n" for known in [*rows(), row]))
     print(", ".join(f"{key}={value}" for key, value in row.items() if key != "cuts"), file=sys.stderr, flush=True)
     return row
 

@@ -21,8 +21,6 @@ of one core.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 
 import weft
+from weft.files import whole_folder
 from weft.run import data, models, sources
 from weft.run.compare import commit
 from weft.run.evaluate import measure_rows
@@ -152,13 +151,11 @@ def pretrained(folder: Path, work: Path, steps: int) -> Path:
         schedule.step()
         if step % 100 == 99:
             print(f"CLIP, step {step + 1}: {loss:.3f} nats, {time.perf_counter() - started:.0f} s", flush=True)
-    draft = out.with_suffix(".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.eval().save_pretrained(draft)
-    words.save_pretrained(draft)
     shape = {"height": SIDE, "width": SIDE}
-    ViTImageProcessorPil(size=shape, image_mean=[MEAN], image_std=[DEVIATION]).save_pretrained(draft)
-    os.replace(draft, out)
+    with whole_folder(out) as partial:
+        model.eval().save_pretrained(partial)
+        words.save_pretrained(partial)
+        ViTImageProcessorPil(size=shape, image_mean=[MEAN], image_std=[DEVIATION]).save_pretrained(partial)
     return out
 
 

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 import weft
 from weft import builtin
 from weft.algebra.svd import svd_top
+from weft.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "quantised" / "pycode.jsonl"
 DTYPES = {4: torch.int4, 2: torch.int2}
@@ -155,10 +156,7 @@ def read() -> dict[tuple[str, int, int], dict[str, Any]]:
 
 def write(rows: dict[tuple[str, int, int], dict[str, Any]]) -> None:
     """All rows, whole or not at all."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    draft = RESULTS.with_suffix(".part")
-    draft.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)), encoding="utf-8")
-    draft.replace(RESULTS)
+    write_text(RESULTS, "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
 
 
 def table(rows: dict[tuple[str, int, int], dict[str, Any]]) -> str:

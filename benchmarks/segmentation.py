@@ -41,7 +41,7 @@ from adapters import processor
 from PIL import Image, ImageFilter
 
 import weft
-from weft.linear._transformers import whole_folder
+from weft.files import whole_folder
 from weft.run import methods, models, segmentation, sources
 from weft.run.compare import commit
 from weft.run.data import Splits

@@ -46,6 +46,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 import weft
+from weft.files import whole_file
 from weft.run.compare import commit
 
 WIDTH, RANK, VOCABULARY = 128, 16, 4000
@@ -88,9 +89,8 @@ def tokenizer(data: Path, path: Path) -> Path:
             vocab_size=VOCABULARY, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
         )
         made.train_from_iterator((text for row in read(data, "train") for text in row.values()), trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.save(str(path.with_suffix(".part")))
-        path.with_suffix(".part").replace(path)
+        with whole_file(path) as partial:
+            made.save(str(partial))
     return path
 
 

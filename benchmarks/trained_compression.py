@@ -58,7 +58,7 @@ from transformers import (
 from transformers.utils import logging
 
 import weft
-from weft.linear._transformers import whole_folder
+from weft.files import whole_folder
 from weft.run.compare import commit
 from weft.run.tradeoffs import is_trained, slug_of
 

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 import weft
+from weft.files import write_text
 from weft.linear._structured import Structured
 from weft.pretrain.trp import decompose
 from weft.run.compare import commit
@@ -70,10 +71,7 @@ class Rows:
                 return row
         made = {"device": processor(), "commit": commit(), "versions": {"torch": torch.__version__}}
         self.rows.append({**wanted, **run(**key), **made})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        draft.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         return self.rows[-1]
 
 

@@ -27,6 +27,7 @@ import studies
 from ledger import judge
 
 import weft
+from weft.files import write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
@@ -53,12 +54,8 @@ def read(slug: str) -> dict[int, dict[str, float]]:
 
 def write(slug: str, rows: dict[int, dict[str, float]]) -> None:
     """All figures of a claim, whole or not at all."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{slug}.jsonl"
     lines = [json.dumps({"seed": seed, "figures": rows[seed]}) + "\n" for seed in sorted(rows)]
-    draft = path.with_suffix(".part")
-    draft.write_text("".join(lines), encoding="utf-8")
-    draft.replace(path)
+    write_text(RESULTS / f"{slug}.jsonl", "".join(lines))
 
 
 def measure(slug: str, seed: int) -> dict[str, float]:

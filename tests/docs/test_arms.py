@@ -9,6 +9,8 @@ import fences
 import numpy as np
 import pytest
 
+from weft.files import partial_of
+
 
 @pytest.fixture(scope="module")
 def arms():
@@ -46,7 +48,7 @@ def test_runs_follow_from_the_rows_and_survive_a_kill(arms, tmp_path):
         job = jobs[0]
         begun = study(arms, tmp_path)
         begun.write([*begun.rows(), {**job, "validation": (job["power"] - 1.0) ** 2}])
-        begun.path.with_suffix(".part").write_text('{"problem": "p", "ar')
+        partial_of(begun.path).write_text('{"problem": "p", "ar')
         count += 1
     rows = study(arms, tmp_path).rows()
     assert [row["power"] for row in rows if row["phase"] == "rate"] == [-1, 0, 1, 2]

@@ -19,7 +19,7 @@ from torch import nn
 
 import weft
 from weft.linear._structured import StructuredLinear, stored_bits
-from weft.linear._transformers import attach_format, save_compressed, to_dense, to_linears, whole_folder
+from weft.linear._transformers import attach_format, save_compressed, to_dense, to_linears
 from weft.linear.factored_embedding import FactoredEmbedding
 from weft.linear.low_rank import LowRank
 from weft.linear.low_rank_conv import LowRankConv
@@ -550,22 +550,6 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with pytest.raises(weft.UsageError, match="exists already"):
         save_compressed(compressed.compressed("bert", "low_rank"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(OSError), whole_folder(tmp_path / "a" / "out") as partial:
-        (partial / "half").write_text("…")
-        raise OSError("disk full")
-    assert list((tmp_path / "a").iterdir()) == []
-
-
-def test_what_a_killed_process_left_goes_away(tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
-    (tmp_path / "out").mkdir()
-    with whole_folder(tmp_path / "out") as partial:
-        (partial / "whole").write_text("…")
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["out", "out/whole"]
 
 
 # --- weft's own verbs -------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from weft.adapters._plugin import ParamWrapper, _Adapted
 from weft.algebra.svd import svd_top
 from weft.anatomy import auto_config
 from weft.errors import UsageError
-from weft.linear._transformers import whole_folder
+from weft.files import whole_folder
 from weft.registry import card
 
 # What a run leaves beside its adapter and every form of it needs: the classes' names, what a dual encoder reads of

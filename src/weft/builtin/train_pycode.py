@@ -13,7 +13,6 @@ import argparse
 import ast
 import json
 import math
-import os
 import re
 import textwrap
 import time
@@ -36,6 +35,7 @@ from transformers import (
 )
 
 from weft.builtin import _corpus, _ngram
+from weft.files import whole_file
 
 VOCABULARY = 2048
 CONTEXT = 256
@@ -194,10 +194,8 @@ def save_checkpoint(path: Path, model, optimiser, step: int, seed: int) -> None:
         state = optimiser.state[weight]
         tensors |= {f"weight.{name}": weight.detach(), f"exp_avg.{name}": state["exp_avg"]}
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "seed": str(seed)})
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"step": str(step), "seed": str(seed)})
 
 
 def load_checkpoint(path: Path, model, optimiser, seed: int) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.errors import UsageError
+from weft.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +66,6 @@ def command(
     from rich.console import Console
 
     from weft.run import fidelity
-    from weft.run.checkpoints import write_text
 
     asked = fidelity.Request(
         model=model,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from weft.errors import UsageError
+from weft.files import whole_folder, write_text
 
 # Options that answer one task
 _TASKS = {"masks": "segmentation", "gallery": "verification", "steps": "text-to-image", "guidance": "text-to-image"}
@@ -185,7 +186,6 @@ def _segment(
 ) -> None:
     from contextlib import nullcontext
 
-    from weft.linear._transformers import whole_folder
     from weft.run import segmentation
     from weft.run.predict import load_adapted
 
@@ -282,7 +282,5 @@ def _write(answers: Any, output: Path | None) -> None:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         return
-    from weft.run.checkpoints import write_text
-
     write_text(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     print(f"saved to {output}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weft.errors import UsageError
+from weft.files import whole_file, write_text
 
 
 class Store:
@@ -37,7 +37,7 @@ class Store:
                         "the same command again, or remove the folder"
                     )
             return
-        _whole(stamp, lambda path: path.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+        write_text(stamp, json.dumps(wanted, indent=1))
 
     def _path(self, layer: str) -> Path:
         assert self.folder is not None
@@ -51,7 +51,7 @@ class Store:
         if self.folder is None:
             self._kept[layer] = _bare(tensors)
         else:
-            _whole(self._path(layer), lambda path: save_file(_bare(tensors), str(path)))
+            _save(tensors, self._path(layer))
 
     def get(self, layer: str) -> dict[str, Tensor]:
         """A finished layer's tensors."""
@@ -63,8 +63,7 @@ class Store:
             return make()
         path = self.folder / f"{what}.tensors"
         if not path.exists():
-            tensors = make()
-            _whole(path, lambda draft: save_file(_bare(tensors), str(draft)))
+            _save(make(), path)
         return _read(path)
 
 
@@ -88,10 +87,6 @@ def _other(name: str, there: Any, wanted: Any) -> str:
     return f"{name} {there!r}, and this has {wanted!r}" if short else f"other {name}"
 
 
-def _whole(path: Path, write: Any) -> None:
-    """Write beside, flush, rename: the file is there whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    write(draft)
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    with whole_file(path) as partial:
+        save_file(_bare(tensors), str(partial))

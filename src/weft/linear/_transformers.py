@@ -16,10 +16,7 @@ Without weft, loading raises: the checkpoint's `….up_proj.weight` has no eleme
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from weft.errors import UsageError, WeftError
+from weft.files import whole_folder
 from weft.linear._quantised import Described, flat, is_quantised, make_room, put_together, quantised
 from weft.linear._structured import Structured, bare_linear, empty
 
@@ -228,27 +226,6 @@ def save_compressed(model: Any, folder: str | Path, **options: Any) -> None:
     """
     with whole_folder(Path(folder)) as partial:
         attach_format(model).save_pretrained(partial, **options)
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name once everything is written; what a killed process left is removed.
-
-    Raises UsageError where `out` holds something already.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already; name a new folder")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def stock_places(model: Any, layers: dict[str, Any]) -> dict[str, Any]:

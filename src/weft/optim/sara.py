@@ -31,7 +31,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +46,7 @@ from weft.algebra.bits import pack, unpack
 from weft.algebra.random import checksum, generator
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
+from weft.files import whole_file
 from weft.linear._codes import as_bits, smallest_int
 from weft.optim._config import OptimConfig
 from weft.optim._optimizer import Group, Optimizer, State, named
@@ -285,20 +285,13 @@ def delta(optimizer: Sara) -> dict[str, Tensor]:
 
 def save_delta(optimizer: Sara, path: str | Path) -> None:
     """Write `delta` to a safetensors file, whole or not at all, with what tells the original model from others."""
-    path = Path(path)
     base = {
         name: [*p.shape, _frozen(p, _places(state["places"], p.numel(), state["entries"]))]
         for name, p, state in _trained(optimizer)
     }
     tensors = {name: t.cpu().contiguous() for name, t in delta(optimizer).items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, str(partial), metadata={"format": "pt", "sara": json.dumps(base)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, WeftError, nearest
+from weft.files import PARTIAL, write_text
 from weft.run import options as _options
 from weft.run.settings import TrainSettings
 
@@ -414,7 +415,7 @@ def settle_output(run: Request, resume: bool | None) -> bool:
     if resume is False:
         return False
     if not run_file.exists():
-        others = [path for path in output.iterdir() if not path.name.endswith(".partial")] if output.is_dir() else []
+        others = [path for path in output.iterdir() if not path.name.endswith(PARTIAL)] if output.is_dir() else []
         if others and not resume:
             raise UsageError(f"output folder {str(output)!r} holds other files; name a new one")
         return False
@@ -447,7 +448,7 @@ def start_output(run: Request, going_on: bool) -> None:
         checkpoints.drop_all(output)
         (output / METRICS).unlink(missing_ok=True)
     text = yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True)
-    checkpoints.write_text(output / RUN_FILE, text)
+    write_text(output / RUN_FILE, text)
 
 
 # --- the run itself ---------------------------------------------------------------------------------------------------
@@ -501,7 +502,6 @@ def run_adapt(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train, save the adapter and the final evaluation into the output folder; what the result file says."""
-    from weft.run import checkpoints
     from weft.run.train import save_result, shared_evaluation, train
 
     output = Path(run.options.output or "")
@@ -535,10 +535,10 @@ def run_adapt(
         if splits.labels:
             # identities that were trained on are nothing to tell others by
             classes = [] if splits.task == "verification" else splits.labels
-            checkpoints.write_text(output / LABELS_FILE, json.dumps(classes, ensure_ascii=False) + "\n")
+            write_text(output / LABELS_FILE, json.dumps(classes, ensure_ascii=False) + "\n")
         if prompts := getattr(base.model.config, "weft_prompts", None):
-            checkpoints.write_text(output / PROMPTS_FILE, json.dumps(prompts, ensure_ascii=False) + "\n")
-        checkpoints.write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")
+            write_text(output / PROMPTS_FILE, json.dumps(prompts, ensure_ascii=False) + "\n")
+        write_text(output / RESULT_FILE, json.dumps(facts, indent=1) + "\n")
     return facts
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError
+from weft.files import PARTIAL, flush, flush_names, partial_of, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -44,39 +45,6 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: to a neighbour first, flushed, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable; not every system can open a folder."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_files(folder: Path) -> dict[str, int]:
-    """Flush every file below a folder; their sizes by relative name."""
-    sizes = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-        sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
-    return sizes
-
-
 def path_of(output: Path, step: int) -> Path:
     return output / f"checkpoint-{step}"
 
@@ -87,16 +55,16 @@ def save(output: Path, step: int, fill: Callable[[Path], None], facts: dict[str,
     Raises WeftError, with earlier checkpoints intact, where the disk is full.
     """
     target = path_of(output, step)
-    partial = output / f".{target.name}.partial"
+    partial = partial_of(target)
     try:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         fill(partial)
-        sizes = _flush_files(partial)
+        sizes = flush(partial)
         shutil.rmtree(target, ignore_errors=True)  # an incomplete one, or the same step of an earlier attempt
         os.replace(partial, target)
-        _flush_folder(output)
+        flush_names(output)
         write_text(target / MARKER, json.dumps({"step": step, "files": sizes, **facts}, indent=1) + "\n")
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -147,7 +115,7 @@ def _drop_old(output: Path) -> None:
 
 def drop_all(output: Path) -> None:
     """Remove every checkpoint and what is left of unfinished ones."""
-    for path in [*output.glob("checkpoint-*"), *output.glob(".checkpoint-*.partial")]:
+    for path in [*output.glob("checkpoint-*"), *output.glob(f".checkpoint-*{PARTIAL}")]:
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
@@ -233,11 +201,11 @@ def remove(folder: Path) -> None:
 
 def install(partial: Path, output: Path) -> None:
     """Move the files of a finished folder into `output`, flushed, tensors last; the folder is gone afterwards."""
-    _flush_files(partial)
+    flush(partial)
     files = [path for path in partial.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda path: (path.suffix == ".safetensors", path.name)):
         target = output / file.relative_to(partial)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
-    _flush_folder(output)
+    flush_names(output)
     remove(partial)

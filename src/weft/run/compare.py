@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import UsageError, WeftError
+from weft.files import write_text
 from weft.run import generate, spread
 from weft.run.budget import Budget
 from weft.run.planning import Observer, Silent, plan_study
@@ -225,9 +226,7 @@ def _forgetting(plan: Plan, output: Path, observer: Observer, debug: bool) -> Ro
         raise WeftError(
             f"the text to measure forgetting on could not be made: {reason} (--forget-data none leaves it out)"
         )
-    scratch = path.with_suffix(".json.part")
-    scratch.write_text(json.dumps(made), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(made))
     return made
 
 

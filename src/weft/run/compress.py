@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weft import registry
 from weft.errors import UsageError, WeftError, nearest
+from weft.files import PARTIAL, whole_folder, write_text
 from weft.run import distil, recover
 from weft.run import options as _options
 from weft.run.adapt import RUN_FILE
@@ -433,7 +434,7 @@ def settle_output(run: Request, resume: bool | None) -> Literal["fresh", "resume
     if work.exists() and not work.is_dir():
         raise UsageError(f"{str(work)!r}, the place for unfinished work, is a file")
     if not (work / RUN_FILE).exists():
-        if work.is_dir() and any(not path.name.endswith(".partial") for path in work.iterdir()):
+        if work.is_dir() and any(not path.name.endswith(PARTIAL) for path in work.iterdir()):
             raise UsageError(f"{str(work)!r}, the folder for unfinished work, holds other files; name another output")
         if resume:
             raise UsageError(f"there is no unfinished work in {str(work)!r} to go on with")
@@ -482,7 +483,7 @@ def run_compress(run: Request, shape: Outline, found: dict[str, Calibration], ob
     Raises WeftError where files cannot be read or written; finished layers stay in the work folder.
     """
     from weft.compress._engine import compress
-    from weft.linear._transformers import to_dense, whole_folder
+    from weft.linear._transformers import to_dense
     from weft.run import models
 
     started = time.monotonic()
@@ -538,7 +539,7 @@ def batches_of(found: dict[str, Calibration]) -> dict[str, tuple[list[dict[str, 
 @contextmanager
 def _kept_work(run: Request) -> Iterator[None]:
     """The work folder, ready; gone again if it comes to an end before the first layer is finished."""
-    from weft.run.checkpoints import is_disk_full, write_text
+    from weft.run.checkpoints import is_disk_full
 
     try:
         try:
@@ -564,7 +565,7 @@ def write_dense(folder: str, out: Path) -> str:
 
     Raises UsageError for a folder that holds no compressed model, or layers that no matrix describes.
     """
-    from weft.linear._transformers import structured_layers, to_dense, whole_folder
+    from weft.linear._transformers import structured_layers, to_dense
     from weft.run import models
 
     model = models.load_as_saved(folder)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import registry
 from weft.errors import UsageError, nearest
+from weft.files import whole_folder, write_text
 from weft.run import adapt as _adapt
 from weft.run.budget import Budget, steps_of
 from weft.run.card import REPORT_FILE, write_words
@@ -115,7 +116,7 @@ def taught(run: Request, say: Callable[[str], None], *, progress: bool = True) -
 
 def train(run: Request, to: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Train, and write the model's folder; its report."""
-    from weft.linear._transformers import to_dense, whole_folder
+    from weft.linear._transformers import to_dense
 
     begun = start(run.work)
     report = json.loads((begun / REPORT_FILE).read_text(encoding="utf-8"))
@@ -148,7 +149,6 @@ def _teacher(run: Request, rows: Rows) -> Teach:
 
 def _with_steps(run: Request, job: _adapt.Request, rows: Rows, teach: Teach) -> _adapt.Request:
     """The run with as many steps as its minutes allow, of which a killed run keeps count."""
-    from weft.run.checkpoints import write_text
     from weft.run.measure import measuring
     from weft.run.train import train as steps
 

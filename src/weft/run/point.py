@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import registry
 from weft.errors import UsageError, nearest
+from weft.files import whole_folder
 from weft.run import compress, costs, distil, evaluate, fidelity, models, sources
 from weft.run.single import sentence, without_nan
 from weft.run.study import Row
@@ -270,8 +271,6 @@ class Bench:
 
     def trained(self, run: compress.Request, model: Any, point: Point) -> tuple[Any, float]:
         """The model after its training, and how many seconds that took; killed, it goes on from its checkpoint."""
-        from weft.linear._transformers import whole_folder
-
         to = str(self.output / "work" / f"{point.method}-{point.keep:g}")
         run = dataclasses.replace(run, options=dataclasses.replace(run.options, output=to))
         if not distil.start(run.work).exists():

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, WeftError, nearest
+from weft.files import whole_file, whole_folder, write_text
 from weft.run import adapt
 
 if TYPE_CHECKING:
@@ -215,8 +216,6 @@ def settle_output(stream: Stream, resume: bool | None) -> None:
     """
     import yaml
 
-    from weft.run import checkpoints
-
     output = stream.output
     if output.exists() and not output.is_dir():
         raise UsageError(f"output {str(output)!r} is a file, not a folder")
@@ -241,7 +240,7 @@ def settle_output(stream: Stream, resume: bool | None) -> None:
         (output / RESULT_FILE).unlink(missing_ok=True)
         for name, content in now.items():
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            checkpoints.write_text(output / name, text)
+            write_text(output / name, text)
     except OSError as error:
         raise WeftError(f"output folder {str(output)!r} cannot be written: {error.strerror or error}") from error
 
@@ -303,7 +302,6 @@ def _model_after(stream: Stream, number: int) -> str:
 def _merge(stream: Stream, number: int) -> None:
     """Write the model with one task more in its weights, in float32, and that task's head; whole, or not at all."""
     from weft.adapters._tasks import merge_task
-    from weft.linear._transformers import whole_folder
     from weft.run import models
     from weft.run.predict import load_adapted
 
@@ -355,9 +353,8 @@ def _head(model: Any) -> dict[str, Any]:
 def _write_head(model: Any, path: Path) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({k: t.contiguous().cpu() for k, t in _head(model).items()}, str(partial), metadata={"format": "pt"})
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file({k: t.contiguous().cpu() for k, t in _head(model).items()}, str(partial), metadata={"format": "pt"})
 
 
 def load_model(output: str | Path, task: str) -> Base:
@@ -528,6 +525,5 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    from weft.run import checkpoints
 
-    checkpoints.write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import UsageError, WeftError
+from weft.files import write_text
 from weft.run.budget import Budget, best_offset, extension, first_offsets, learning_rate
 from weft.run.ranking import REFERENCES
 
@@ -283,13 +284,8 @@ class Results:
 
     def replaced(self, rows: list[Row]) -> Results:
         """The same file with other rows, whole or not at all; this one is closed."""
-        scratch = self.path.with_suffix(".jsonl.part")
-        with scratch.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self.close()
-        scratch.replace(self.path)
         return Results(self.path, rows)
 
     def close(self) -> None:

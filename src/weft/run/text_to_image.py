@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import UsageError, WeftError
+from weft.files import whole_folder
 from weft.run import captions, images, models, sources
 
 if TYPE_CHECKING:
@@ -503,7 +504,6 @@ def write_images(
 
     The folder is one of images with captions, which `weft adapt` reads.
     """
-    from weft.linear._transformers import whole_folder
 
     rows = []
     with whole_folder(output) as folder:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
+from weft.files import write_text
 from weft.linear._structured import Structured
 from weft.run import checkpoints, verification
 from weft.run import methods as _methods
@@ -316,7 +317,7 @@ def _trim_metrics(path: Path, step: int) -> None:
             continue
         if row.get("step", 0) <= step:
             kept.append(line + "\n")
-    checkpoints.write_text(path, "".join(kept))
+    write_text(path, "".join(kept))
 
 
 def save_result(model: Any, tokenizer: Any, output: Path) -> None:

@@ -9,7 +9,6 @@ need not have seen, and the centres are no part of the result.
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize
 
 from weft.errors import UsageError, WeftError
+from weft.files import whole_file
 from weft.run import images, models, sources
 
 if TYPE_CHECKING:
@@ -381,9 +381,5 @@ def write_embeddings(base: models.Base, rows: Sequence[sources.Row], output: Pat
     arrays["images"] = np.array([shown(row, place) for place, row in enumerate(rows)])
     if all("label" in row for row in rows):
         arrays["labels"] = np.array([_name(row) for row in rows])
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("wb") as file:
+    with whole_file(output) as partial, partial.open("wb") as file:  # of a path, numpy would change the name
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, output)
