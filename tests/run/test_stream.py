@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,16 @@ def test_language_models_have_losses(llama, tmp_path, method):
             assert evaluate(model, splits.validation, "causal-lm", 6)["loss"] == pytest.approx(loss, rel=1e-6)
     assert found["matrix"][1][0] < found["matrix"][0][0]
     assert not list((tmp_path / "out" / "tasks").glob("*/model*.safetensors"))
+
+
+def test_each_task_computes_attention_as_the_config_of_the_model_says(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    data = str(tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in tiny.sentences(20, seed=1)]))
+    tasks = write_tasks(tmp_path / "t.yaml", [{"name": name, "data": data} for name in "ab"])
+    run(given(model, tmp_path / "out"), tasks)
+    assert stream.load_model(tmp_path / "out", "b").model.config._attn_implementation == "eager"
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------

@@ -310,17 +310,21 @@ def _merge(stream: Stream, number: int) -> None:
         return
     trained = load_adapted(_model_after(stream, number - 1), task.folder)
     model = merge_task(trained.model) if stream.first.method.config is not None else trained.model
+    own = models.load_config(str(stream.first.options.model))
     body = model
     if stream.kind != "causal-lm":
         body = _body(model)
         if body is not model:
             _write_head(model, task.folder / HEAD_FILE)
         else:  # the templates are the task's, and the next one has its own, or those of the model
-            own = models.load_config(str(stream.first.options.model))
             model.config.weft_prompts = getattr(own, "weft_prompts", None)
     with whole_folder(task.folder / MERGED) as folder:
         body.save_pretrained(str(folder))
         trained.tokenizer.save_pretrained(str(folder))
+        if own._attn_implementation is not None:  # that the model's config asks for, and transformers does not save
+            file = folder / "config.json"
+            config = {**json.loads(file.read_text(encoding="utf-8")), "attn_implementation": own._attn_implementation}
+            file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _tidy(stream: Stream, number: int) -> None:
