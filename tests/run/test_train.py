@@ -2,26 +2,30 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from weft.errors import UsageError, WeftError
-from weft.run import data, methods
+from weft.run import data, loop, methods
 from weft.run.measure import expected_state_bytes
 from weft.run.models import load_base
 from weft.run.settings import TrainSettings
 from weft.run.train import hold_out, total_steps, train, training_arguments
 
 
-def run(model, corpus, method="peft:lora", options=None, output=None, task="causal-lm", **settings):
+def run(model, corpus, method="peft:lora", options=None, output=None, task="causal-lm", resume=False, **settings):
     tokenizer = load_base(str(model), task, num_labels=2, weights=False).tokenizer
     splits = data.load_splits(str(corpus), task, tokenizer, max_length=32)
     base = load_base(str(model), task, labels=splits.labels, tokenizer=tokenizer)
     basic = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "eval_steps": 3, "logging_steps": 2}
     chosen = methods.resolve(method, options or {})
-    return train(base, splits, chosen, TrainSettings(**{**basic, **settings}), output, progress=False)
+    return train(base, splits, chosen, TrainSettings(**{**basic, **settings}), output, resume=resume, progress=False)
 
 
 def losses(result):
@@ -222,3 +226,46 @@ def test_what_an_optimiser_will_keep_is_known_without_weights(name, options, lla
         return
     kept = run(llama, corpus, name, options, max_steps=1).optimizer_bytes
     assert kept == expected > 0
+
+
+# --- rows by length ---------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 3))
+def test_rows_by_length_are_all_rows_in_batches_of_one_length_as_far_as_there_are_any(lengths, batch, seed):
+    sampler = loop.ByLength(lengths, batch, seed)
+    drawn = list(sampler)
+    assert sorted(drawn) == list(range(len(lengths))) and len(sampler) == len(lengths) and drawn == list(sampler)
+    full = len(lengths) // batch * batch
+    batches = [[lengths[row] for row in drawn[start : start + batch]] for start in range(0, full, batch)]
+    ordered = sorted(batches, key=lambda each: (each[0], each[-1]))  # one pool: shuffled batches of a sorted list
+    assert [length for each in ordered for length in each] == sorted(lengths[row] for row in drawn[:full])
+
+
+def test_rows_by_length_come_in_another_order_in_each_epoch_and_with_each_seed():
+    sampler, other = loop.ByLength([3] * 200, 4, 0), loop.ByLength([3] * 200, 4, 1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert len({tuple(first), tuple(sampler), tuple(other)}) == 3
+
+
+def test_batches_by_length_hold_less_padding_and_the_run_goes_on_where_it_stopped(llama, tmp_path, monkeypatch):
+    rows = [{"text": " ".join(["weft"] * (1 + n % 20))} for n in range(80)]
+    corpus = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    padding = {}
+
+    def count(watch, batch):
+        found = padding.setdefault(watch.settings.group_by_length, [])
+        found.append(int((batch["attention_mask"] == 0).sum()))
+
+    monkeypatch.setattr(loop.Watch, "count", count)
+    options = {"max_steps": 36, "save_steps": 24, "gradient_accumulation": 1, "batch_size": 4}
+    for grouped in (False, True):  # two epochs; the checkpoint is in the second
+        run(llama, corpus, output=tmp_path / str(grouped), group_by_length=grouped, **options)
+    assert len(padding[True]) == len(padding[False]) == 36 and 3 * sum(padding[True]) < sum(padding[False])
+    state = "checkpoint-36/training_state.safetensors"
+    whole = load_file(tmp_path / "True" / state)
+    shutil.rmtree(tmp_path / "True" / "checkpoint-36")
+    run(llama, corpus, output=tmp_path / "True", group_by_length=True, resume=True, **options)
+    again = load_file(tmp_path / "True" / state)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)

@@ -13,12 +13,13 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from weft.compress._distil import Distilling
@@ -50,6 +51,37 @@ def seed_of(seed: int, step: int, micro: int, rank: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+class ByLength(Sampler[int]):
+    """Rows in an order of which each `batch` in a row are about as long; drawn anew in each epoch, from the seed.
+
+    Of so many random rows as make POOL batches, the longest make one, the next longest another; then all batches are
+    shuffled.
+    """
+
+    POOL = 50
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, 0, 0))
+        rows = torch.randperm(len(self), generator=generator).tolist()
+        last = [rows.pop() for _ in range(len(rows) % self.batch)]  # the batch that is not full
+        size = self.POOL * self.batch
+        pools = (rows[start : start + size] for start in range(0, len(rows), size))
+        sorted_rows = [row for pool in pools for row in sorted(pool, key=self.lengths.__getitem__)]
+        batches = [sorted_rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[number]
+        yield from last
+
+
 class StepTrainer(Distilling, Trainer):
     """HF's Trainer with randomness by step and the true loss kept; with an objective, that is the loss.
 
@@ -63,7 +95,16 @@ class StepTrainer(Distilling, Trainer):
     adalora: AdaLora | None = None
     noised: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None  # what a step's rows come to
     count: Callable[[dict[str, Any]], None]  # is told of each micro-batch
+    lengths: Sequence[int] | None = None  # of the rows, where they are to be grouped by it
     _micro = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Trainer's own groups are in an order that a resumed run does not find again, long rows before short ones."""
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return ByLength(self.lengths, step, args.data_seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         torch.manual_seed(seed_of(self.args.seed, self.state.global_step, self._micro, self.args.process_index))

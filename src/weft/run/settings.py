@@ -36,6 +36,7 @@ class TrainSettings:
     seed: int = _setting(0, "draws the adapter's start, the order of rows and dropout")
     bf16: bool = _setting(False, "compute in bfloat16; an adapter's base weights are kept in it too")
     max_length: int = _setting(512, "tokens a row at most")
+    group_by_length: bool = _setting(False, "batches of rows of about the same length, for less padding")
     eval_steps: int | None = _setting(
         None, "steps between evaluations, 0 for none; none takes a tenth of the run, and no fewer than one is worth"
     )

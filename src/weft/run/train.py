@@ -241,6 +241,8 @@ def _run(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.noised = getattr(splits.train, "noised", None)
+    if settings.group_by_length and "input_ids" in splits.train.column_names:
+        trainer.lengths = list(map(len, splits.train.with_format(None)["input_ids"]))
     trainer.objective = teach(model) if teach is not None else None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UsageError("weft adapt runs several processes by DDP: launch it without FSDP and DeepSpeed")
