@@ -9,7 +9,8 @@
 
 The loss is on the last part of each book; "other text" is wikitext2's test split. DIR holds gutenberg_books/,
 wikitext2/, tinyshakespeare/, models/stories260k_llama and the tokenizer of models/prose7m_llama. A study lies in
-docs/results/STUDY; killed, it goes on where it stopped. Further options are those of `weft compare`.
+docs/results/STUDY; killed, it goes on where it stopped. Further options are those of `weft compare`. APOLLO is the
+package apollo-torch, which imports bitsandbytes: `pip install --no-deps apollo-torch bitsandbytes`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from sanity import configure, open_text, shakespeare
 from studies import RESULTS, write_rows
 
 PIECE = 8192  # characters of a book that count as one text
+APOLLO = "rank=48,update_proj_gap=50,proj=random,scale=1,scale_type=channel"
 PRETRAINED = {  # entry → its options, at a quarter of the width as GaLore's authors choose the rank
     "full@hf:adamw_torch": {},
     "full@galore": {"rank": 48, "update_proj_gap": 50},
     "full@galore#8bit": {"rank": 48, "update_proj_gap": 50, "inner": "adamw8bit"},
+    "full@galore#unscaled": {"rank": 48, "update_proj_gap": 50, "scale": 1},  # one rate for embeddings and matrices
     "full@dct_projection": {"rank": 48},
+    "full@dct_projection#trion": {"rank": 48, "form": "trion", "rest_lr": 0.003},  # the rest at AdamW's rate
+    "full@hf:apollo_adamw": {"optim_args": APOLLO, "optim_target_modules": "self_attn,mlp"},
     "full@hf:adafactor": {},
     "lowrank": {"rank": 48},
     "sltrain": {"rank": 48, "lora_alpha": 12},
