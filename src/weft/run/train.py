@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainingArguments
 
 from weft.errors import UsageError, WeftError
-from weft.files import write_text
+from weft.files import partial_of, write_text
 from weft.linear._structured import Structured
 from weft.run import checkpoints, verification
 from weft.run import methods as _methods
@@ -329,7 +329,7 @@ def save_result(model: Any, tokenizer: Any, output: Path) -> None:
 
     Raises WeftError where the disk is full.
     """
-    partial = output / ".result.partial"
+    partial = partial_of(output / "result")
     try:
         _remake(partial)
         whole = not hasattr(model, "peft_config")
