@@ -307,6 +307,17 @@ def test_trained_and_then_recovered(weft, words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_attention_stays_as_the_config_of_the_model_says(weft, words, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    saved = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**saved, "attn_implementation": "eager"}))
+    assert weft(*words("--keep", 0.6, output="made", model=model))[0] == 0
+    assert weft(*words(*TRAINING, *RECOVERY, method="pela", output="trained", model=model))[0] == 0
+    assert weft("export", tmp_path / "made", tmp_path / "dense", "--to", "dense")[0] == 0
+    for name in ("made", "trained", "dense"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["attn_implementation"] == "eager"
+
+
 @pytest.mark.parametrize(
     "method, own",
     [("pela", ()), ("dsformer", ("--block-size", 4, "--refresh", 2, "--stf", 1))],

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from weft.files import write_text
 from weft.report import quantities, tradeoffs
 from weft.report.quantities import NOTHING, finite
 from weft.report.study import Line, Study, parse, read
-from weft.report.template import page, plain, rank_strip, short, write
+from weft.report.template import page, plain, rank_strip, short
 
 _SHOWN = ("score", "trainable", "peak", "step", "file", "state_bytes", "forgotten", "rate", "knob")
 CURVE_POINTS = 120  # a curve is drawn on at most a few hundred pixels
@@ -32,7 +33,7 @@ def html(results: Path, out: Path) -> None:
     path = Path(results)
     head, rows, notes = parse(path)
     compression = head.get("pillar") == "compress"
-    write(Path(out), tradeoffs.render(tradeoffs.digest(head, rows, notes)) if compression else render(read(path)))
+    write_text(Path(out), tradeoffs.render(tradeoffs.digest(head, rows, notes)) if compression else render(read(path)))
 
 
 def render(study: Study) -> str:

@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from weft.errors import UsageError
+from weft.files import write_text
 from weft.report import quantities
 from weft.report.quantities import NOTHING
 from weft.report.study import ACCURACY, LOSS, Metric, Row
-from weft.report.template import page, plain, short, write
+from weft.report.template import page, plain, short
 from weft.run.adapt import RUN_FILE
 from weft.run.compare import commit, hardware, versions
 from weft.run.stream import RESULT_FILE, TASKS_FILE
@@ -103,7 +104,7 @@ def html(folder: Path, out: Path, command: str) -> None:
         tasks_file=tasks,
         head={"versions": versions(), "hardware": hardware(), "commit": commit()},
     )
-    write(out, text)
+    write_text(out, text)
 
 
 def _metric(found: Row) -> Metric:

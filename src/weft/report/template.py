@@ -1,15 +1,12 @@
-"""What the pages of all reports are made with: templates, values in words, modules as a grid, files written whole."""
+"""What the pages of all reports are made with: templates, values in words, modules as a grid."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -46,20 +43,6 @@ def page(name: str, script: str, data: Any, *, verb: str = "compare", **values: 
         verb=verb,
         **values,
     )
-
-
-def write(out: Path, text: str) -> None:
-    """Write a page, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, out)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 @functools.cache

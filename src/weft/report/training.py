@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from weft.errors import UsageError
+from weft.files import write_text
 from weft.report import quantities
 from weft.report.page import curve
 from weft.report.quantities import NOTHING, finite
 from weft.report.study import Row, headline
-from weft.report.template import page, plain, short, write
+from weft.report.template import page, plain, short
 from weft.run.adapt import RESULT_FILE, RUN_FILE
 from weft.run.compare import commit, hardware, versions
 from weft.run.loop import METRICS
@@ -56,7 +57,7 @@ def html(folder: Path, out: Path, command: str) -> None:
         run=yaml.safe_dump(run, sort_keys=False, allow_unicode=True),
         head={"versions": versions(), "hardware": hardware(), "commit": commit()},
     )
-    write(out, text)
+    write_text(out, text)
 
 
 def _json(path: Path) -> Row:

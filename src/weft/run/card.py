@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft import registry
+from weft.run import models
 from weft.run.adapt import RUN_FILE
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def report_of(
 
 
 def write_words(run: Request, report: dict[str, Any], folder: Path, model_class: str) -> None:
-    """What a folder says beside its weights: the report, the run file and the card."""
+    """What a folder says beside its weights: how attention is computed, the report, the run file and the card."""
+    models.keep_attention(run.options.model or "", folder)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RUN_FILE).write_text(run.file(), encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card(run, report, model_class), encoding="utf-8")

@@ -574,6 +574,7 @@ def write_dense(folder: str, out: Path) -> str:
         raise UsageError(f"{folder!r} holds no compressed layer, so it is a stock model already")
     with whole_folder(out) as partial:
         to_dense(model).save_pretrained(partial)
+        models.keep_attention(folder, partial)
         _save_tokenizer(folder, partial)
     return f"{out}: a stock {type(model).__name__}, {many} compressed layers written out as matrices"
 

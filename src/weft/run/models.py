@@ -6,6 +6,7 @@ fields of the config that are to be other than saved: `config:llama.json?tokeniz
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,6 +407,15 @@ def _reason(error: BaseException) -> str:
 def load_config(spec: str) -> Any:
     """A model's config as it was saved."""
     return _load_config(spec, locate(spec), None, None)
+
+
+def keep_attention(spec: str, folder: Path) -> None:
+    """Let a model that was saved to `folder` ask for the attention that `spec` asks for, which transformers drops."""
+    asked = load_config(spec)._attn_implementation
+    file = folder / "config.json"
+    if asked is not None and file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**saved, "attn_implementation": asked}, indent=2), encoding="utf-8")
 
 
 def task_of(config: Any) -> str:

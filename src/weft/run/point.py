@@ -276,6 +276,7 @@ class Bench:
         if not distil.start(run.work).exists():
             with whole_folder(distil.start(run.work)) as partial:
                 model.save_pretrained(partial)
+                models.keep_attention(run.options.model or "", partial)
                 self.tokenizer.save_pretrained(partial)
         model, found = distil.taught(run, lambda text: None, progress=False)
         shutil.rmtree(run.work)

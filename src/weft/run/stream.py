@@ -321,10 +321,7 @@ def _merge(stream: Stream, number: int) -> None:
     with whole_folder(task.folder / MERGED) as folder:
         body.save_pretrained(str(folder))
         trained.tokenizer.save_pretrained(str(folder))
-        if own._attn_implementation is not None:  # that the model's config asks for, and transformers does not save
-            file = folder / "config.json"
-            config = {**json.loads(file.read_text(encoding="utf-8")), "attn_implementation": own._attn_implementation}
-            file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        models.keep_attention(str(stream.first.options.model), folder)
 
 
 def _tidy(stream: Stream, number: int) -> None:
