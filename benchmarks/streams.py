@@ -1,6 +1,6 @@
 """Which method forgets least? Five classification tasks in a row, each method one `weft adapt --stream`.
 
-    python benchmarks/streams.py --data-dir DIR                            every method; benchmarks/results/streams.json
+    python benchmarks/streams.py --data-dir DIR                            every method; benchmarks/results/streams
     python benchmarks/streams.py --data-dir DIR --methods codyra,head      some of them
     python benchmarks/streams.py --data-dir DIR --rows 200 --grid 1 --seeds 1 --output build/trial.json    a trial
 
@@ -40,7 +40,9 @@ from weft.run.study import Entry, Study
 ROOT = Path(__file__).parents[1]
 WORK = Path("build") / "streams"
 TASKS = Path(__file__).with_suffix("") / "tasks.yaml"
+RESULTS = ROOT / "benchmarks" / "results" / "streams" / "sentences.json"
 STEPS, BATCH, PARAMETERS = 125, 16, 680_000  # the classifier among them
+TESTED = 250  # rows a task
 OWN = tuple(slug for slug, card in sorted(weft.cards("adapters").items()) if "quality" not in card.needs)  # of images
 METHODS = (*OWN, "peft:lora", "full", "head")
 # CoDyRA's thresholds add up to what they do in the authors' 500 steps
@@ -49,13 +51,13 @@ SHOWN = ("learned", "last", "average", "forgetting")
 
 
 def prepare(source: Path, rows: int) -> None:
-    """Write `rows` training rows a task, 200 for validation and 250 for the test, of each no more than to train on."""
+    """Write `rows` training rows a task, 200 for validation and TESTED, of each no more than to train on."""
     for entry in read_tasks(str(TASKS)):
         name = entry["name"]
         files = ("ag_news/train_8k", "ag_news/test_2k")
         train, test = files if name == "ag_news" else (f"sentence_cls/{name}_train", f"sentence_cls/{name}_test")
         lines, tested = ([x for x in open_text(source / f"{file}.jsonl").split("\n") if x] for file in (train, test))
-        parts = {"train": lines[:rows], "validation": lines[-min(rows, 200) :], "test": tested[: min(rows, 250)]}
+        parts = {"train": lines[:rows], "validation": lines[-min(rows, 200) :], "test": tested[: min(rows, TESTED)]}
         for split, part in parts.items():
             write_text(Path(entry["data"]) / f"{split}.jsonl", "".join(f"{line}\n" for line in part))
 
@@ -117,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=STEPS * BATCH)
     parser.add_argument("--grid", type=int, default=2, help="learning rates to begin with")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "streams.json")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     prepare(args.data_dir, args.rows)
     work = WORK / f"{args.rows}-rows"
@@ -128,7 +130,7 @@ def main() -> None:
         options={name: options for name, options in OPTIONS.items() if name in methods}, **common,
     )  # fmt: skip
     common |= {"eval_steps": 0, "save_steps": 0, "eval_batch_size": 64, "group_by_length": True}
-    asked = {"rows": args.rows, "grid": args.grid, "seeds": args.seeds}
+    asked = {"rows": args.rows, "tested": min(args.rows, TESTED), "grid": args.grid, "seeds": args.seeds}
     before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     found = before["methods"] if asked.items() <= before.items() else {}
     for entry in plan_study(study).entries:

@@ -66,6 +66,7 @@ COMMANDS = {
     "shift": "python benchmarks/shift.py --data-dir DIR",
     "omniglot": "python benchmarks/omniglot.py --data-dir DIR",
     "clicks": "python benchmarks/ctr.py --data-dir DIR",
+    "streams": "python benchmarks/streams.py --data-dir DIR",
 }
 CLICKS = (  # arms of benchmarks/ctr.py, so many times smaller
     ("{}× features", "original"),
@@ -187,6 +188,30 @@ def adapted() -> Iterator[tuple[str, Line]]:
         yield "omniglot", Line("block_lora", claim, f"{problem}: {shown}", word)
 
 
+def streamed() -> Iterator[tuple[str, Line]]:
+    path = BENCHMARKS / "results" / "streams" / "sentences.json"
+    methods = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else {}
+    if "codyra" not in methods:
+        return
+    # seeds × (the start, then after each task) × tasks
+    mine, lora = (np.array(methods[name]["matrices"])[:, 1:] for name in ("codyra", "peft:lora"))
+    claims = {
+        "forgets less than a merged LoRA": forgotten(lora) - forgotten(mine),
+        "learns a new task as well": np.diagonal(mine - lora, axis1=1, axis2=2),
+        "is better on all tasks after the last": (mine - lora)[:, -1],
+    }
+    for claim, apart in claims.items():
+        low, high = interval(apart.ravel())
+        found = f"five tasks: {told(float(apart.mean()), low, high, 'points')}"
+        yield "streams", Line("codyra", claim, found, verdict(low, high))
+
+
+def forgotten(matrices: np.ndarray) -> np.ndarray:
+    """What is lost of the best score on each task but the last: seeds × (tasks − 1)."""
+    tasks = matrices.shape[2]
+    return np.stack([matrices[:, j:, j].max(1) - matrices[:, -1, j] for j in range(tasks - 1)], axis=1)
+
+
 def routed() -> Iterator[tuple[str, Line]]:
     import factorllm
 
@@ -230,10 +255,10 @@ def faces() -> Iterator[tuple[str, Line]]:
 def page() -> Iterator[str]:
     """The part of the ledger that is measured on real models."""
     yield from ("## On real models and data", "")
-    yield "Paired 95 % bootstrap intervals over documents, rows or images, three seeds where training is involved. What"
-    yield "is better but has twice the dense model's perplexity is *collapsed*."
+    yield "Paired 95 % bootstrap intervals over documents, rows, images or tasks, three seeds where models are trained."
+    yield "What is better but has twice the dense model's perplexity is *collapsed*."
     compression = compressed, convolutions, clicks, repaired, routed, shortened
-    for run in (trained, *compression, cut, pruned, graphs, faces, adapted):
+    for run in (trained, *compression, cut, pruned, graphs, faces, adapted, streamed):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")

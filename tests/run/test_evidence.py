@@ -17,7 +17,7 @@ def study(name, kind, **found):
 STUDIES = (
     study("one", "classification", a=(0.0, 1.2), b=(0.0, 0.8), c=(0.5, 0.5), d=(0.0, 0.1)),
     study("two", "classification", a=(0.25, 1.0), b=(0.25, 1.8), c=(1.0, 0.5)),
-    study("three", "stream", c=(0.0, None), a=(1.0, None)),
+    study("three", "stream", b=(0.0, None), c=(0.0, None), a=(1.0, None)),
 )
 
 
@@ -27,7 +27,7 @@ def test_the_least_beaten_comes_first_and_among_equals_the_fastest():
     assert [each.beaten for each in found] == pytest.approx([0.125, 0.125, 0.75])
     assert [each.time for each in found] == pytest.approx([(1.2 * 1.0) ** 0.5, (0.8 * 1.8) ** 0.5, 0.5])
     assert found[0].studies == ("one", "two")
-    assert [each.name for each in evidence.candidates("stream", STUDIES)] == ["c", "a"]
+    assert [each.name for each in evidence.candidates("stream", STUDIES)] == ["c", "b", "a"]  # times of the others
 
 
 def test_the_reason_names_the_studies_and_what_was_passed_over(monkeypatch):
@@ -37,7 +37,7 @@ def test_the_reason_names_the_studies_and_what_was_passed_over(monkeypatch):
     assert why[0].startswith("auto: b: on average over 2 studies of classification (one, two)") and "12%" in why[0]
     assert why[1:] == ["  passed over a: no convolutions"]
     name, why = evidence.choose("stream", lambda _: None)
-    assert name == "c" and "no other of 2 methods is surely better in 1 study of stream (three)" in why[0]
+    assert name == "c" and "no other of 3 methods is surely better in 1 study of stream (three)" in why[0]
 
 
 def test_what_was_never_measured_is_refused(monkeypatch):

@@ -105,14 +105,16 @@ def candidates(kind: str, among: Sequence[Study] | None = None) -> list[Candidat
     """The methods that every study of a kind of task has, the one to take first before the others.
 
     First comes the one that the fewest others surely beat, on average over the studies; where that is equal, the one
-    whose step takes the least time.
+    whose step takes the least time, in studies of other kinds where these have measured none.
     """
-    own = [study for study in (studies() if among is None else among) if study.kind == kind]
+    every = studies() if among is None else among
+    own = [study for study in every if study.kind == kind]
     everywhere = [name for name in own[0].methods if all(name in study.methods for study in own)] if own else []
     made = []
     for name in everywhere:
         found = [study.methods[name] for study in own]
         times = [each.time for each in found if each.time]
+        times = times or [each.time for study in every if (each := study.methods.get(name)) and each.time]
         time = geometric_mean(times) if times else float("inf")
         made.append(Candidate(name, fmean(each.beaten for each in found), time, tuple(study.name for study in own)))
     return sorted(made, key=lambda each: (each.beaten, each.time, each.name))
