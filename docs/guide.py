@@ -29,7 +29,10 @@ ABOUT = {
     "mrpc": "all-MiniLM without dropout, to pairs of sentences that say the same or do not",
     "digits": "a vision transformer of 35 thousand parameters, to digits turned and inverted",
 }
-STREAMED = "all-MiniLM, through five tasks of classification, one after another"
+STREAMED = (
+    "all-MiniLM, through five tasks of classification, one after another; about 680,000 trainable parameters where a "
+    "method can have as many, 125 steps a task"
+)
 KINDS = {  # as a reader calls them
     "causal-lm": "language modelling",
     "classification": "classification of text",
@@ -83,8 +86,7 @@ def _streamed(content: dict[str, Any]) -> Study:
 
     found = {name: each for name, each in content["methods"].items() if name not in REFERENCES}
     scores = {
-        name: {seed: rows(matrix[-1]) for seed, matrix in enumerate(each["matrices"])}
-        for name, each in found.items()
+        name: {seed: rows(matrix[-1]) for seed, matrix in enumerate(each["matrices"])} for name, each in found.items()
     }
     standings: Sequence[Standing] = rank(scores, higher_is_better=True).standings
     methods = {
@@ -197,7 +199,7 @@ def _scores(found: Sequence[Study]) -> tuple[list[str], list[list[str]]]:
         return f"**{shown}**" if study.methods[name].beaten == 0 else shown
 
     def share(name: str) -> str:
-        return f"{100 * _mean_beaten(name, found):.0f}\N{NO-BREAK SPACE}%"
+        return _together(f"{100 * _mean_beaten(name, found):.0f} %")
 
     rows = [[_linked(name), *(cell(study, name) for study in found), share(name)] for name in _names(found)]
     rows += [[f"*{name}*", *(cell(study, name) for study in found), ""] for name in ("full", "head", "base")]
@@ -205,7 +207,7 @@ def _scores(found: Sequence[Study]) -> tuple[list[str], list[list[str]]]:
 
 
 def _score(study: Study, value: float) -> str:
-    return f"{value:.3f}" if study.metric == "loss" else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    return f"{value:.3f}" if study.metric == "loss" else _together(f"{100 * value:.1f} %")
 
 
 def _linked(name: str) -> str:
@@ -229,8 +231,13 @@ def _costs(found: Sequence[Study]) -> tuple[list[str], list[list[str]]]:
         sizes = [one.file_bytes for one in each if one.file_bytes]
         exports = "–" if name.startswith("peft:") else weft.card(name).exports
         rows.append([_linked(name), _times([one.time for one in each]), _times([one.memory for one in each]),
-                     quantities.size(max(sizes)) if sizes else "–", exports])  # fmt: skip
+                     _together(quantities.size(max(sizes))) if sizes else "–", exports])  # fmt: skip
     return ["method", "time of a step", "memory of a step", "file", "as LoRA"], rows
+
+
+def _together(words: str) -> str:
+    """On one line, however narrow the column."""
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _times(ratios: Sequence[float | None]) -> str:
@@ -245,7 +252,7 @@ def _forgetting(found: Sequence[Study], table: Callable[[list[str], list[list[st
             continue
         yield "## What is forgotten"
         rows = [
-            [_linked(name), _score(study, study.methods[name].score), f"{100 * lost[name]:.1f} points"]
+            [_linked(name), _score(study, study.methods[name].score), _together(f"{100 * lost[name]:.1f} points")]
             for name in sorted(lost, key=lambda name: lost[name])
         ]
         yield table(["method", "all tasks after the last", "forgotten"], rows)
