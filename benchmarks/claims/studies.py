@@ -14,6 +14,7 @@ from ledger import interval
 
 from weft.report.study import read
 from weft.run.ranking import Pair
+from weft.run.stream import summary
 
 BENCHMARKS = Path(__file__).parents[1]
 STUDIES = BENCHMARKS.parent / "docs" / "results"
@@ -189,27 +190,23 @@ def adapted() -> Iterator[tuple[str, Line]]:
 
 
 def streamed() -> Iterator[tuple[str, Line]]:
-    path = BENCHMARKS / "results" / "streams" / "sentences.json"
-    methods = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else {}
+    import streams
+
+    methods = json.loads(streams.RESULTS.read_text(encoding="utf-8"))["methods"] if streams.RESULTS.exists() else {}
     if "codyra" not in methods:
         return
     # seeds × (the start, then after each task) × tasks
-    mine, lora = (np.array(methods[name]["matrices"])[:, 1:] for name in ("codyra", "peft:lora"))
+    mine, lora = (np.array(methods[name]["matrices"]) for name in ("codyra", "peft:lora"))
+    lost = [np.array([summary(matrix, higher=True)["forgotten"] for matrix in each.tolist()]) for each in (mine, lora)]
     claims = {
-        "forgets less than a merged LoRA": forgotten(lora) - forgotten(mine),
-        "learns a new task as well": np.diagonal(mine - lora, axis1=1, axis2=2),
+        "forgets less than a merged LoRA": lost[1] - lost[0],
+        "learns a new task as well": np.diagonal((mine - lora)[:, 1:], axis1=1, axis2=2),
         "is better on all tasks after the last": (mine - lora)[:, -1],
     }
     for claim, apart in claims.items():
         low, high = interval(apart.ravel())
         found = f"five tasks: {told(float(apart.mean()), low, high, 'points')}"
         yield "streams", Line("codyra", claim, found, verdict(low, high))
-
-
-def forgotten(matrices: np.ndarray) -> np.ndarray:
-    """What is lost of the best score on each task but the last: seeds × (tasks − 1)."""
-    tasks = matrices.shape[2]
-    return np.stack([matrices[:, j:, j].max(1) - matrices[:, -1, j] for j in range(tasks - 1)], axis=1)
 
 
 def routed() -> Iterator[tuple[str, Line]]:

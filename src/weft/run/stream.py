@@ -310,18 +310,17 @@ def _merge(stream: Stream, number: int) -> None:
         return
     trained = load_adapted(_model_after(stream, number - 1), task.folder)
     model = merge_task(trained.model) if stream.first.method.config is not None else trained.model
-    own = models.load_config(str(stream.first.options.model))
-    body = model
+    base, body = str(stream.first.options.model), model
     if stream.kind != "causal-lm":
         body = _body(model)
         if body is not model:
             _write_head(model, task.folder / HEAD_FILE)
         else:  # the templates are the task's, and the next one has its own, or those of the model
-            model.config.weft_prompts = getattr(own, "weft_prompts", None)
+            model.config.weft_prompts = getattr(models.load_config(base), "weft_prompts", None)
     with whole_folder(task.folder / MERGED) as folder:
         body.save_pretrained(str(folder))
         trained.tokenizer.save_pretrained(str(folder))
-        models.keep_attention(str(stream.first.options.model), folder)
+        models.keep_attention(base, folder)
 
 
 def _tidy(stream: Stream, number: int) -> None:
