@@ -28,7 +28,10 @@ def _imports_out_of_sight():
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`once(name, make)`: a folder that `make` fills once, however many workers share the run."""
+    """`once(name, make)`: a folder that `make` fills once, however many workers share the run.
+
+    Where it fails, it fails for all who ask: what it left half done is nothing to begin from, and its time is long.
+    """
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -36,10 +39,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         target = root / f"once-{name}"
         with open(root / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (target / "done").exists():
-                target.mkdir(exist_ok=True)
+            if not target.exists():
+                target.mkdir()
                 make(target)
                 (target / "done").touch()
+            assert (target / "done").exists(), f"{name} failed, as was told where it was made"
         return target
 
     return folder

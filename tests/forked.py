@@ -11,6 +11,7 @@ the same thing is done many times over, weft is among what it begins with.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,18 +124,30 @@ def popen(
 
 
 def run(words: Sequence[object], timeout: float | None = None, **options: Any) -> subprocess.CompletedProcess:
-    """Run `python WORDS` to its end."""
-    return together([words], timeout, **options)[0]
+    """Run `python WORDS` to its end; after `timeout` seconds it is killed."""
+    with popen(words, **options) as process:
+        texts = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, *texts)
 
 
-def together(
-    several: Sequence[Sequence[object]], timeout: float | None = None, **options: Any
-) -> list[subprocess.CompletedProcess]:
-    """Run several at the same time, to the end of all; those that still run after `timeout` seconds are killed."""
+def together(several: Sequence[Sequence[object]], timeout: float, **options: Any) -> None:
+    """Run several at the same time, all of which must end well.
+
+    Where one does not, or after `timeout` seconds, the others are stopped, and what each wrote is told, with where it
+    was at that time: one that waits for another says nothing of its own.
+    """
+    last = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         started = [stack.enter_context(popen(words, **options)) for words in several]
-        told = [process.communicate(timeout) for process in started]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(started, told, strict=True)]
+        while None in (codes := [process.poll() for process in started]):
+            if any(codes) or time.monotonic() > last:
+                for process in started:
+                    process.send_signal(signal.SIGUSR1)
+                break
+            time.sleep(0.05)
+        told = [process.communicate()[1] for process in started]
+    wrong = [f"{p.args} ended with {p.returncode}:\n{text}" for p, text in zip(started, told, strict=True)]
+    assert not any(process.returncode for process in started), "\n".join(wrong)
 
 
 _started: list[subprocess.Popen] = []
@@ -212,6 +226,7 @@ def _become(request: dict[str, Any], out: int, err: int) -> list[str]:
     for file, number in ((out, 1), (err, 2)):
         os.dup2(file, number)
         os.close(file)
+    faulthandler.register(signal.SIGUSR1, chain=True)  # says where it is, and ends
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

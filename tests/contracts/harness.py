@@ -22,6 +22,7 @@ from weft.adapters._controller import Controller
 from weft.adapters._delta import Delta
 
 SLUGS = sorted(weft.cards("adapters"))
+TIME_LIMIT = 30 * len(SLUGS)  # seconds for processes that try all methods
 
 
 def fields(slug: str) -> dict[str, dataclasses.Field[Any]]:

@@ -132,8 +132,7 @@ def test_two_processes_take_the_step_of_one(method, once):
     def make(folder: Path) -> None:
         worker = Path(__file__).with_name("factorised_ddp_worker.py")
         environment = tiny.environment(GLOO_SOCKET_IFNAME="lo")
-        for done in forked.together([[worker, rank, 2, folder] for rank in range(2)], 240, env=environment):
-            assert done.returncode == 0, done.stderr
+        forked.together([[worker, rank, 2, folder] for rank in range(2)], 240, env=environment)
 
     folder = once("factorised-ddp", make)
     first, second = (load_file(folder / f"{method}.{rank}.safetensors") for rank in range(2))

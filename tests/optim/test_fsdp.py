@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 def test_sharded_parameters_take_the_same_steps(tmp_path):
     """Two gloo processes with uneven shards: both sides of the projection, every kind of state."""
     commands = [[fsdp_worker.__file__, rank, 2, tmp_path] for rank in range(2)]
-    for done in forked.together(commands, 240, env=tiny.environment()):
-        assert done.returncode == 0, done.stderr
+    forked.together(commands, 240, env=tiny.environment())
     for case in fsdp_worker.CASES:
         found = load_file(tmp_path / f"{case}.safetensors")
         for name, p in fsdp_worker.alone(case).items():
