@@ -41,7 +41,7 @@ def components(layer: Layer) -> Tensor:
 
 def sides(layer: Layer) -> tuple[int, int]:
     """The sizes of the weight as a matrix: out, in; of a convolution, in·kh·kw."""
-    return len(layer.up.weight), layer.down.weight[:1].numel()
+    return len(layer.up.weight), math.prod(layer.down.weight.shape[1:])
 
 
 @torch.no_grad()
@@ -132,39 +132,40 @@ def truncate(
             for name, width in widths.items():
                 smaller = trial.smaller(name, width, saving)
                 if smaller < width:
-                    trial.hide(name, smaller)
+                    trial.narrow(name, smaller)
                     tried.append((loss(), name, smaller))
-                    trial.hide(name, width)
+                    trial.narrow(name, width)
             if not tried:
                 raise UsageError(f"budget={budget!r} cannot be met: the least is {cuts[-1].macs:.3g}")
             least, name, smaller = min(tried, key=lambda found: found[0])
-            trial.hide(name, smaller)
+            trial.narrow(name, smaller)
             widths = {**widths, name: smaller}
             cuts.append(Cut(trial.macs(widths), least, widths))
     return cuts
 
 
 class _Trial:
-    """Layers whose last components can be hidden; all are shown again at the end of its `with`."""
+    """Layers whose last components can be left out; all are there again at the end of its `with`."""
 
     def __init__(self, layers: dict[str, Layer]) -> None:
         self.layers = layers
         self.kept = {name: components(layer) for name, layer in layers.items()}
-        self.whole = {name: layer.up.weight.detach().clone() for name, layer in layers.items()}
+        self.whole = {name: (layer.down.weight.data, layer.up.weight.data) for name, layer in layers.items()}
         self.places = dict.fromkeys(layers, 0)  # at how many each layer is applied
 
     def __enter__(self) -> None:
-        """Nothing is hidden yet."""
+        for name, kept in self.kept.items():
+            self.narrow(name, len(kept))
 
     def __exit__(self, *error: object) -> None:
-        for name in self.layers:
-            self.hide(name, len(self.kept[name]))
+        for name, layer in self.layers.items():
+            layer.down.weight.data, layer.up.weight.data = self.whole[name]
 
-    def hide(self, name: str, width: int) -> None:
-        """Show the layer's first `width` components only."""
-        up: Any = self.layers[name].up.weight
-        up.copy_(self.whole[name])
-        up[:, self.kept[name][width:]] = 0
+    def narrow(self, name: str, width: int) -> None:
+        """Compute with the layer's first `width` components only: a trial takes no longer than the model it tries."""
+        down, up = self.whole[name]
+        kept = self.kept[name][:width]
+        self.layers[name].down.weight.data, self.layers[name].up.weight.data = down[kept], up[:, kept]
 
     @contextmanager
     def counting(self) -> Iterator[None]:
