@@ -33,6 +33,10 @@ STREAMED = (
     "all-MiniLM, through five tasks of classification, one after another; about 680,000 trainable parameters where a "
     "method can have as many, 125 steps a task"
 )
+ELSEWHERE = {
+    "petalface": "weighs images by their quality, which is why it is in none of these but was measured on "
+    "[photographs of faces](howto/verification.md#on-faces)",
+}
 KINDS = {  # as a reader calls them
     "causal-lm": "language modelling",
     "classification": "classification of text",
@@ -144,6 +148,7 @@ def page(table: Callable[[list[str], list[list[str]]], str]) -> str:
         "of streams that on all tasks after the last one. The share is of other methods that are surely better, the "
         "mean over all problems.",
         _problems(found),
+        *_elsewhere(found),
         "## What it costs",
         table(*_costs(found)),
         f"Time and memory of a training step are ratios to `{OPPONENT}`'s in the same comparison, geometric means; on "
@@ -222,6 +227,12 @@ def _problems(found: Sequence[Study]) -> str:
         asked = f"; about {count} trainable parameters, {study.steps} steps" if study.steps else ""
         lines.append(f"- [{study.name}]({link}): {study.about}{asked}.")
     return "\n".join(lines)
+
+
+def _elsewhere(found: Sequence[Study]) -> Iterator[str]:
+    """Adapters that none of the comparisons can have, and where they were measured."""
+    for slug in sorted(set(weft.cards("adapters")) - set(_names(found))):
+        yield f"{_linked(slug)} {ELSEWHERE[slug]}."
 
 
 def _costs(found: Sequence[Study]) -> tuple[list[str], list[list[str]]]:

@@ -85,7 +85,7 @@ def page() -> str:
         "benchmarks/claims` measures them all and writes this page; `--only <method>` measures one. What studies on",
         "[real models](#on-real-models-and-data) found stands at the end.",
     ]
-    sections, summary = [], []
+    sections, summary, on_real_data = [], [], list(studies.page())
     for slug in slugs():
         rows = list(read(slug).values())
         if not rows:
@@ -99,9 +99,11 @@ def page() -> str:
         sections += [f"| {len(rows)} seeds | verdict |", "| --- | --- |"]
         sections += [f"| {verdict.words} | **{verdict.word}** |" for verdict in verdicts]
         sections += ["", f"*Not testable here:* {module.NOT_HERE}"]
+        if any(line.startswith(f"| `{slug}` |") for line in on_real_data):
+            sections += ["", "More of it was tried [on real data](#on-real-models-and-data)."]
         sections += ["", f"`python benchmarks/claims --only {slug}`"]
     lines += ["", "| method | claim | what was tried of it |", "| --- | --- | --- |", *summary, *sections]
-    lines += ["", *studies.page()]
+    lines += ["", *on_real_data]
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ SETTING = (
     "two blocks has 75 % of the parameters of LoRA with r = 4 and the same scale; its update has rank 2, as LoRA's "
     "with r = 2, which has 50 %. Test accuracies."
 )
-NOT_HERE = "CLIP, its benchmarks, and time and memory on a GPU."
+NOT_HERE = "CLIP's benchmarks, and time and memory on a GPU."
 EXPECTED = [
     Close("Block-LoRA", "LoRA r=4", higher=True),
     Order("Block-LoRA", "LoRA r=2", higher=True),

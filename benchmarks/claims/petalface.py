@@ -26,7 +26,7 @@ SETTING = (
     "training scans; τ lies between the medians of the bad and the good. Accuracies on unseen scans, half of them bad, "
     "and on the same, all sharp."
 )
-NOT_HERE = "faces and their verification, a Swin transformer, learned judges of quality, and new identities."
+NOT_HERE = "a Swin transformer, learned judges of quality, and faces by the thousand."
 EXPECTED = [
     Order("PETALface", "LoRA", higher=True),
     Order("PETALface", "one weight for all", higher=True),

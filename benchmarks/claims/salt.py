@@ -26,7 +26,7 @@ SETTING = (
     f"{STEPS} steps of {BATCH}; Dice. SALT trains {COUNTS['SALT']} numbers (a tenth of the values, rank {REST}), LoRA "
     f"{COUNTS['LoRA']} (rank {LORA}), scale and shift of all values {COUNTS['scale and shift']}, which is all it has."
 )
-NOT_HERE = "SAM, and medical images."
+NOT_HERE = "SAM, and its medical benchmarks."
 EXPECTED = [Order("SALT", "LoRA", higher=True), Order("SALT", "scale and shift", higher=True)]
 
 

@@ -16,7 +16,7 @@ SETTING = (
     f"loss, 1 without an adapter. ΔW is constant in blocks of 8 × 8 with 12 sharp details (multi-scale), or one "
     f"product of rank {2 * RANK} (global)."
 )
-NOT_HERE = "image generation, classification and segmentation."
+NOT_HERE = "image generation and segmentation, and classification by large models."
 EXPECTED = [
     Order("shared pair, multi-scale", "LoRA, multi-scale", ratio=True),
     Order("pair a band, multi-scale", "LoRA, multi-scale", ratio=True),
