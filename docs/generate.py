@@ -15,6 +15,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ PILLARS = {  # as headings
     "pretrain": "Factorised weights",
 }
 
+QUANTITY = re.compile(r"|–|[*−]*\d[\d.,]*( ± \d[\d.]*)?(×|[ \N{NO-BREAK SPACE}](%|points|[kMGT]?i?B|[mµ]?s))?[*]*")
+
 EXPORTS = {
     "exact": "A plain LoRA gives the same outputs.",
     "bounded": "A plain LoRA approximates it; the error is printed.",
@@ -68,8 +71,9 @@ REASONS = {
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; a bar inside a cell is written as an entity."""
-    lines = [headings, ["---"] * len(headings), *rows]
+    """A Markdown table, columns of numbers flush right; a bar inside a cell is written as an entity."""
+    rules = ["---:" if all(map(QUANTITY.fullmatch, column)) else "---" for column in zip(*rows, strict=True)]
+    lines = [headings, rules or ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "&#124;") for cell in line) + " |" for line in lines)
 
 
