@@ -49,6 +49,7 @@ import weft
 from weft.files import whole_file
 from weft.run.compare import commit
 
+OUT = arms.RESULTS / "sst" / "translation.jsonl"
 WIDTH, RANK, VOCABULARY = 128, 16, 4000
 BATCH, LONGEST = 64, 60  # sentences; tokens of an answer
 STEPS, RATE = {"rate": 300, "test": 1200}, 1e-3
@@ -226,36 +227,50 @@ def bleu(said: Sequence[str], references: Sequence[str]) -> Callable[[np.ndarray
     return score
 
 
+Tested = dict[str, list[dict[str, Any]]]  # by arm
+
+
+def losses(tested: Tested) -> dict[str, float]:
+    return {arm: float(np.mean([run["scores"]["loss"] for run in runs])) for arm, runs in tested.items()}
+
+
+def verdicts(tested: Tested) -> Iterator[tuple[str, str, str, str, str]]:
+    """Of each pair of arms and score: both, the score, which is better, and by how much."""
+    each = losses(tested)
+    wreckage = {arm for arm, loss in each.items() if not loss < each.get("full", math.inf) + math.log(2)}
+    for one, other in PAIRS:
+        for score, higher in HIGHER.items() if {one, other} <= set(tested) else ():
+            word, shown = arms.order(tested[one], tested[other], score, higher)
+            better = {"holds": one, "reversed": other}.get(word)
+            yield one, other, score, "collapsed" if better in wreckage else word, shown
+
+
 def report(study: arms.Study) -> Iterator[str]:
     mine = {arm: runs for (_, arm), runs in study.tested().items()}
     if not mine:
         return
-    losses = {arm: float(np.mean([run["scores"]["loss"] for run in runs])) for arm, runs in mine.items()}
     yield from ("", f"multi30k, {max(map(len, mine.values()))} seeds", "")
     rows = (
         [
             arm, f"{mine[arm][0]['trained']:,}", f"{mine[arm][0]['rate']:g}", arms.mean(mine[arm], "loss", 4),
-            f"{math.exp(losses[arm]):.2f}", arms.mean(mine[arm], "BLEU", 2),
+            f"{math.exp(losses(mine)[arm]):.2f}", arms.mean(mine[arm], "BLEU", 2),
         ]
         for arm in study.arms if arm in mine
     )  # fmt: skip
     yield from arms.table(["arm", "trained", "rate", "loss, nats a token", "perplexity", "BLEU"], rows)
     yield ""
-    wreckage = {arm for arm, loss in losses.items() if not loss < losses.get("full", math.inf) + math.log(2)}
-    for one, other in PAIRS:
-        if one not in mine or other not in mine:
-            continue
-        for score, higher in HIGHER.items():
-            word, shown = arms.order(mine[one], mine[other], score, higher)
-            better = {"holds": one, "reversed": other}.get(word)
-            word = "collapsed" if better in wreckage else word
-            near, apart = arms.close(mine[one], mine[other], score, higher)
-            yield f"- {one} better than {other} in {score}: {shown}, {word}; close: {apart}, {near}"
+    for one, other, score, word, shown in verdicts(mine):
+        near, apart = arms.close(mine[one], mine[other], score, HIGHER[score])
+        yield f"- {one} better than {other} in {score}: {shown}, {word}; close: {apart}, {near}"
     if {"full", "sst", "lora"} <= set(mine):
         for score, higher in HIGHER.items():
             full, sst, lora = (np.mean([run["scores"][score] for run in mine[arm]]) for arm in ("full", "sst", "lora"))
             if (lora < full) == higher:
                 yield f"- of lora's distance to full in {score}, sst leaves {(full - sst) / (full - lora):.0%}"
+
+
+def study_of(only: Sequence[str] = ARMS, seeds: int = 3, steps: dict[str, int] = STEPS, out: Path = OUT) -> arms.Study:
+    return arms.Study(out, ["multi30k"], only, seeds, RATE, steps)
 
 
 def main() -> None:
@@ -266,10 +281,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[*STEPS.values()], metavar=("RATE", "TEST"))
     parser.add_argument("--sentences", type=int, default=1000, help="of the test split")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=arms.RESULTS / "sst" / "translation.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    study = arms.Study(args.out, ["multi30k"], args.only.split(","), args.seeds, RATE, dict(zip(STEPS, args.steps)))
+    study = study_of(args.only.split(","), args.seeds, dict(zip(STEPS, args.steps)), args.out)
     if not args.tables:
         if args.data_dir is None:
             parser.error("--data-dir is where multi30k_de_en/ lies; or --tables")

@@ -60,6 +60,7 @@ COMMANDS = {
     "trained": "python benchmarks/trained_compression.py --data-dir DIR",
     "faces": "python benchmarks/verification.py --data-dir DIR",
     "graphs": "python benchmarks/sst_graphs.py --data-dir DIR",
+    "translation": "python benchmarks/sst_translation.py --data-dir DIR",
     "factorllm": "python benchmarks/factorllm.py --data-dir DIR",
     "lengths": "python benchmarks/greenformers.py",
     "thin": "python benchmarks/greenformers.py --accuracy --data-dir DIR",
@@ -175,6 +176,15 @@ def graphs() -> Iterator[tuple[str, Line]]:
             yield "graphs", Line("sst", f"{one} above {other}", f"{problem}, {score}: {shown}", word)
 
 
+def translated() -> Iterator[tuple[str, Line]]:
+    import sst_translation
+
+    tested = {arm: runs for (_, arm), runs in sst_translation.study_of().tested().items()}
+    for one, other, score, word, shown in sst_translation.verdicts(tested):
+        found = f"multi30k, {'nats a token' if score == 'loss' else score}: {shown}"
+        yield "translation", Line("sst", f"{one} better than {other}", found, word)
+
+
 def adapted() -> Iterator[tuple[str, Line]]:
     import arms
     import omniglot
@@ -255,7 +265,7 @@ def page() -> Iterator[str]:
     yield "Paired 95 % bootstrap intervals over documents, rows, images or tasks, three seeds where models are trained."
     yield "What is better but has twice the dense model's perplexity is *collapsed*."
     compression = compressed, convolutions, clicks, repaired, routed, shortened
-    for run in (trained, *compression, cut, pruned, graphs, faces, adapted, streamed):
+    for run in (trained, *compression, cut, pruned, graphs, translated, faces, adapted, streamed):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
             yield from ("", "| method | claim | found | verdict |", "| --- | --- | --- | --- |")
