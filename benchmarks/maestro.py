@@ -9,8 +9,8 @@
 Either model is trained dense, or as Maestro, by SGD for the same steps on the same batches. A dense one is then written
 as factors by SVD. Both are cut by `truncate`, which looks at the loss on the images that choose, and no step is taken
 after it; batch norms are computed anew. Learning rates, and Maestro's λ, come from grids of three at a quarter of the
-steps, by the mean loss of cuts a fifth apart on the images that choose; a best at the edge is extended. Three seeds;
-the test images are classified once. Killed, it goes on after the last run that was written.
+steps, by the mean loss, on the images that choose, of cuts a fifth (digits) or a fiftieth apart; a best at the edge is
+extended. Three seeds; the test images are classified once. Killed, it goes on after the last run that was written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import weft
 from weft.files import write_text
-from weft.pretrain.maestro import recalibrate, shrink, truncate
+from weft.pretrain.maestro import Cut, recalibrate, shrink, truncate
 
 ROWS = Path(__file__).parent / "results" / "maestro" / "runs.jsonl"
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "maestro.svg"
@@ -60,7 +60,12 @@ class Task:
     rates: tuple[float, ...]
     shares: tuple[float, ...]  # of the multiplications of the dense layers, descending
     step: float  # share that one cut saves
+    trial: float  # and when settings are chosen
+    lazy: bool = False
     augment: bool = False
+
+    def cuts(self, model: nn.Module, step: float) -> list[Cut]:
+        return truncate(model, self.shares[-1], lambda of: judged(self, of), step=step, lazy=self.lazy)
 
     @property
     def steps(self) -> int:
@@ -78,16 +83,17 @@ def digits(folder: Path) -> Task:
 
     parts = (x[:9000], y[:9000].long()), (x[9000:], y[9000:].long()), (last, answers.long())
     shares = (1.0, 0.5, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03)
-    return Task(make, *parts, epochs=15, rates=(0.01, 0.03, 0.1), shares=shares, step=0.01)
+    return Task(make, *parts, epochs=15, rates=(0.01, 0.03, 0.1), shares=shares, step=0.01, trial=0.2)
 
 
 def cifar(folder: Path) -> Task:
     (x, y), test = splits(folder)
     parts = (x[:1750], y[:1750]), (x[1750:], y[1750:]), test
-    shares = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+    shares = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     rates = (1e-3, 3e-3, 1e-2)
     make = functools.partial(already, folder, "resnet20")
-    return Task(make, *parts, epochs=10, rates=rates, shares=shares, step=0.1, augment=True)
+    steps = {"step": 0.02, "trial": 0.02}  # no layer has more than a sixteenth of the multiplications
+    return Task(make, *parts, epochs=10, rates=rates, shares=shares, **steps, lazy=True, augment=True)
 
 
 TASKS = {"digits": digits, "cifar": cifar}
@@ -135,10 +141,10 @@ def judged(task: Task, model: nn.Module) -> float:
 
 
 def tried(task: Task, **how: Any) -> dict[str, Any]:
-    """A setting of the grid, by the mean loss of cuts a fifth apart; none where training diverged."""
+    """A setting of the grid, by the mean loss of its cuts; none where training diverged."""
     model = trained(task, **how, steps=task.steps // 4)
     try:
-        cuts = truncate(model, task.shares[-1], lambda of: judged(task, of), step=0.2)
+        cuts = task.cuts(model, task.trial)
     except weft.WeftError:
         return {"loss": None}
     return {"loss": float(np.mean([cut.loss for cut in cuts]))}
@@ -147,7 +153,7 @@ def tried(task: Task, **how: Any) -> dict[str, Any]:
 def finished(task: Task, **how: Any) -> dict[str, Any]:
     """A whole run: at each share the width of every layer, and which test images are classified right."""
     model = trained(task, **how, steps=task.steps)
-    cuts = truncate(model, task.shares[-1], lambda of: judged(task, of), step=task.step)
+    cuts = task.cuts(model, task.step)
     left = cuts[0].macs  # of a Maestro that has shrunk while it was trained
     found = {}
     for share in task.shares:

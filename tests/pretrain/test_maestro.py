@@ -499,6 +499,25 @@ def test_truncation_takes_the_cut_that_costs_least_each_time() -> None:
         truncate(maestro(network()), 0, evaluate, step=0.5)
 
 
+def test_lazy_truncation_tries_fewer_cuts_and_takes_the_same() -> None:
+    """Where each layer's loss is its own and grows faster the narrower it is, as a convex function does."""
+    x, price = images(count=2), {"0.0": 3.0, "1.0": 1.0, "3": 0.2}
+    found, counts = [], []
+    for lazy in (False, True):
+        model, looks = maestro(network()), []
+
+        def evaluate(of: nn.Module, looks: list[float] = looks) -> float:
+            of(x)
+            widths = {name: of.get_submodule(name).up.weight.shape[1] for name in price}
+            looks.append(sum(weight / (1 + widths[name]) for name, weight in price.items()))
+            return looks[-1]
+
+        found.append(truncate(model, 0.3, evaluate, step=0.01, lazy=lazy))
+        counts.append(len(looks))
+    assert found[0] == found[1]
+    assert counts[1] < counts[0]
+
+
 def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(UsageError, match="no low-rank layers"):
         shrink(chain())

@@ -98,15 +98,23 @@ class Cut:
 
 @torch.no_grad()
 def truncate(
-    model: nn.Module, budget: float, evaluate: Callable[[nn.Module], float], *, step: float = 0.05
+    model: nn.Module,
+    budget: float,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    step: float = 0.05,
+    lazy: bool = False,
 ) -> list[Cut]:
     """Cut layers greedily, without training, until they take `budget` of their dense multiplications.
 
     Args:
         budget, step: shares of what the layers would take dense: in the end, and saved by one cut.
         evaluate: the loss of the model, which it may recalibrate; called for each layer and cut.
+        lazy: take what a layer's cut cost when it was last tried for the least that it can cost, and try again those
+            alone that may be the best. The same cuts wherever one costs no less after others, several times faster.
 
-    Each cut saves as much, or all that the layer has, in the layer whose cut leaves the least loss. Returns the models
+    Each cut saves as much, or all that the layer has, in the layer whose cut leaves the least loss: with a `step` above
+    the share that a layer has of all, whole layers go at once. Returns the models
     from the whole one to the smallest, each nested in the one before; `shrink(model, cuts[-1].widths)` makes one. The
     model's factors are as they were in the end. Raises UsageError where the budget cannot be met, and WeftError where
     the whole model has no finite loss.
@@ -126,15 +134,20 @@ def truncate(
         if first == math.inf:
             raise WeftError("the loss of the whole model is not finite: there is nothing to compare cuts by")
         cuts = [Cut(trial.macs(widths), first, widths)]
+        cost = dict.fromkeys(widths, -math.inf)  # at least
         while cuts[-1].macs > budget:
             saving = min(step, cuts[-1].macs - budget)
             tried = []
-            for name, width in widths.items():
-                smaller = trial.smaller(name, width, saving)
-                if smaller < width:
+            for name in sorted(widths, key=lambda name: cost[name]):
+                if tried and min(tried)[0] <= cuts[-1].loss + cost[name]:
+                    break
+                smaller = trial.smaller(name, widths[name], saving)
+                if smaller < widths[name]:
                     trial.narrow(name, smaller)
                     tried.append((loss(), name, smaller))
-                    trial.narrow(name, width)
+                    trial.narrow(name, widths[name])
+                    if lazy:
+                        cost[name] = tried[-1][0] - cuts[-1].loss
             if not tried:
                 raise UsageError(f"budget={budget!r} cannot be met: the least is {cuts[-1].macs:.3g}")
             least, name, smaller = min(tried, key=lambda found: found[0])
