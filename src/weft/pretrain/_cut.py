@@ -137,7 +137,7 @@ def truncate(
         cost = dict.fromkeys(widths, -math.inf)  # at least
         while cuts[-1].macs > budget:
             saving = min(step, cuts[-1].macs - budget)
-            tried = []
+            tried: list[tuple[float, str, int]] = []
             for name in sorted(widths, key=lambda name: cost[name]):
                 if tried and min(tried)[0] <= cuts[-1].loss + cost[name]:
                     break
