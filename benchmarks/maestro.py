@@ -262,7 +262,9 @@ def draw() -> None:
         for how, (label, colour, mark) in looks.items():
             means = [100 * each[how].mean() for each in curves.values()]
             cell.plot([float(share) for share in curves], means, marker=mark, ms=4, color=colour, label=label)
-        cell.set(title=name, xlabel="multiplications, of the dense layers'", xscale="log")
+        cell.set(title=name, xlabel="multiplications, % of the dense layers'", xscale="log")
+        cell.set_xticks([float(share) for share in curves], [f"{100 * float(share):g}" for share in curves])
+        cell.minorticks_off()
         cell.spines[["top", "right"]].set_visible(False)
         cell.grid(alpha=0.25)
     cells[0][0].set_ylabel("test accuracy, %")
