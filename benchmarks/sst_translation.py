@@ -249,11 +249,12 @@ def report(study: arms.Study) -> Iterator[str]:
     mine = {arm: runs for (_, arm), runs in study.tested().items()}
     if not mine:
         return
+    each = losses(mine)
     yield from ("", f"multi30k, {max(map(len, mine.values()))} seeds", "")
     rows = (
         [
             arm, f"{mine[arm][0]['trained']:,}", f"{mine[arm][0]['rate']:g}", arms.mean(mine[arm], "loss", 4),
-            f"{math.exp(losses(mine)[arm]):.2f}", arms.mean(mine[arm], "BLEU", 2),
+            f"{math.exp(each[arm]):.2f}", arms.mean(mine[arm], "BLEU", 2),
         ]
         for arm in study.arms if arm in mine
     )  # fmt: skip

@@ -232,7 +232,7 @@ def _problems(found: Sequence[Study]) -> str:
 def _elsewhere(found: Sequence[Study]) -> Iterator[str]:
     """Adapters that none of the comparisons can have, and where they were measured."""
     for slug in sorted(set(weft.cards("adapters")) - set(_names(found))):
-        yield f"{_linked(slug)} {ELSEWHERE[slug]}."
+        yield f"{_linked(slug)} {ELSEWHERE.get(slug, 'is in none of these yet')}."
 
 
 def _costs(found: Sequence[Study]) -> tuple[list[str], list[list[str]]]:
