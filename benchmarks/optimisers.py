@@ -198,11 +198,11 @@ def training_step(repeats: int) -> dict[str, Any]:
 
 
 def eight_bit(repeats: int) -> dict[str, Any]:
-    """Bytes from numbers, 512 × 5632 of them: bitsandbytes' kernel, torchao's, plain and compiled, and bucketize."""
+    """Bytes from numbers, 512 × 5632 of them: look-ups, bitsandbytes' kernel, torchao's, compiled too, bucketize."""
     from bitsandbytes.functional import quantize_blockwise
     from torchao.optim.quant_utils import quantize_8bit_with_qmap
 
-    from weft.optim._rules import _map
+    from weft.optim._rules import _map, _nearest_codes
 
     unit = torch.rand(512 * 5632 // 256, 256) * 2 - 1
     code = _map(True, unit.device)
@@ -210,14 +210,15 @@ def eight_bit(repeats: int) -> dict[str, Any]:
     compiled(unit, code)
     middles = (code[1:] + code[:-1]) / 2
     calls = {
+        "look-ups": lambda: _nearest_codes(unit, True),
         "bitsandbytes": lambda: quantize_blockwise(unit, code=code, blocksize=256),
         "torchao": lambda: quantize_8bit_with_qmap(unit, code),
         "torchao, compiled": lambda: compiled(unit, code),
         "torch.bucketize": lambda: torch.bucketize(unit, middles, out_int32=True).to(torch.uint8),
     }
     found = {name: {"seconds": taken} for name, taken in seconds(calls, repeats).items()}
-    least = found["bitsandbytes"]["seconds"]
-    return {**found, "ratios": {f"{name} / bitsandbytes": row["seconds"] / least for name, row in found.items()}}
+    ours = found["look-ups"]["seconds"]
+    return {**found, "ratios": {f"{name} / look-ups": row["seconds"] / ours for name, row in found.items()}}
 
 
 def curve() -> dict[str, Any]:
@@ -286,11 +287,11 @@ def selection(repeats: int) -> dict[str, Any]:
     g = matrices([(n, n)])[0].grad
     assert g is not None
     c, transform = basis(n, g.dtype, g.device), dct(n)
-    start = leading_vectors(g, rank, power=2, generator=generator(0))
+    start = leading_vectors(g, rank, generator=generator(0))
     calls = {
         "fft": lambda: strongest(transform.forward(g), rank, 1),
         "matmul": lambda: strongest(g @ c.mT, rank, 1),
-        "warm refresh": lambda: leading_vectors(g, rank, start=start, power=1, generator=generator(1)),
+        "warm refresh": lambda: leading_vectors(g, rank, start=start, generator=generator(1)),
     }
     found: dict[str, Any] = {name: {"seconds": taken} for name, taken in seconds(calls, repeats).items()}
     refresh = found["warm refresh"]["seconds"]

@@ -98,31 +98,35 @@ def svd_sketch(
     return (basis @ u).contiguous(), s, vh
 
 
-def leading_vectors(
-    w: Tensor, r: int, *, start: Tensor | None = None, power: int = 1, generator: torch.Generator
-) -> Tensor:
+def leading_vectors(w: Tensor, r: int, *, start: Tensor | None = None, generator: torch.Generator) -> Tensor:
     """About the r leading right singular vectors of w (out × in), in descending order: orthonormal columns (in × r).
 
-    Block power iteration on q = 1.125·r + 16 columns, Rayleigh-Ritz, and a last power step on the r that it chose, by
-    products with w and its transpose or, where that is less work, with their Gram matrix: the lesser of
-    4·(power + 1)·out·in·q and 1.25·out·in² + 2·(power + 1)·in²·q operations. It begins at `start` (in × r), say the
-    vectors of an earlier w, with random columns beside it, or at random. Signs are canonical: the largest-magnitude
-    entry of each column is positive. Where w has fewer directions, any orthonormal ones complete the basis.
+    Block power iteration on q = 1.125·r + 16 columns, with Rayleigh-Ritz in every step, until the best r of them hold
+    little more after one: a quarter from `start` (in × r), say the vectors of an earlier w, with random columns beside
+    it, or a hundredth from random columns alone. Products are with w and its transpose or, where that is less work,
+    with their Gram matrix: the lesser of 4·out·in·q and 1.25·out·in² + 2·in²·q operations a step. Signs are canonical:
+    the largest-magnitude entry of each column is positive. Where w has fewer directions, any orthonormal ones complete
+    the basis.
     """
     out, in_ = w.shape
     q = min(r + r // 8 + 16, in_)
     w = _squarable(w.to(torch.promote_types(w.dtype, torch.float32)))
-    by_gram = 1.25 * out * in_ + 2 * (power + 1) * in_ * q < 4 * (power + 1) * out * q
-    c = gram(w) if by_gram else None
-    x = torch.randn(in_, q if start is None else q - r, generator=generator, dtype=w.dtype).to(w)
-    x = x if start is None else torch.cat([start.to(w), x], dim=1)
-    for _ in range(power):
-        x = torch.linalg.qr(w.mT @ (w @ x) if c is None else c @ x).Q
-    product = w @ x if c is None else c @ x
-    energy = (product if c is None else x).mT @ product  # xᵀ·wᵀ·w·x
-    product = product @ torch.linalg.eigh(energy).eigenvectors.flip(1)[:, :r]
-    x = _nearly_orthonormal(w.mT @ product if c is None else product)
-    return (x * _row_signs(x.mT)).contiguous()
+    c = gram(w) if 1.25 * out * in_ + 2 * in_ * q < 4 * out * q else None
+    start, enough = (w.new_empty(in_, 0), 1.01) if start is None else (start.to(w), 1.25)
+    beside = torch.randn(in_, q - start.shape[1], generator=generator, dtype=w.dtype).to(w)
+    x = torch.cat([start, torch.linalg.qr(beside - start @ (start.mT @ beside)).Q], dim=1)
+    while True:
+        product = w @ x if c is None else c @ x
+        energy, turn = torch.linalg.eigh((product if c is None else x).mT @ product)  # of xᵀ·wᵀ·w·x
+        best = product @ turn.flip(1)[:, :r]
+        stepped = w.mT @ best if c is None else best
+        energy = energy.flip(0)[:r]
+        rounding = (torch.finfo(w.dtype).eps * energy[0]).clamp(min=torch.finfo(w.dtype).tiny)
+        held = (stepped.square().sum(0) / energy.clamp(min=rounding)).sum()
+        if not float(held) > enough * float(energy.sum()):
+            x = _nearly_orthonormal(stepped)
+            return (x * _row_signs(x.mT)).contiguous()
+        x = torch.linalg.qr(w.mT @ product if c is None else product).Q
 
 
 def _nearly_orthonormal(x: Tensor) -> Tensor:

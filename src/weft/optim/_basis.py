@@ -76,17 +76,11 @@ class Basis:
             else:
                 last = whole(state[side]).to(turned.device) if side in state else None
                 last = last.mT if last is not None and side == "right" else last
-                power = self.power(turned) + (last is None)
-                basis = leading_vectors(turned, self.rank, start=last, power=power, generator=generator(*key, side))
+                basis = leading_vectors(turned, self.rank, start=last, generator=generator(*key, side))
             basis = (basis.mT if side == "right" else basis).to(g.dtype).contiguous()
             if side == "left" and isinstance(like, DTensor):  # its rows go where W's rows are
                 basis = distribute_tensor(basis, like.device_mesh, like.placements, src_data_rank=None)
             state[side] = basis
-
-    def power(self, g: Tensor) -> int:
-        """Power steps before the last one, from the last basis: more where r is a small share of the side."""
-        share = self.rank / g.shape[1]
-        return 1 if share >= 1 / 4 else 2 if share >= 1 / 16 else 3
 
     def down(self, state: State, g: Tensor) -> Tensor:
         return down(g, state.get("left"), state.get("right"))

@@ -12,9 +12,10 @@ The basis is that of the shorter side, so that moments are r × max(out, in). `p
 kept across refreshes as they are, neither turned nor reset; signs of P are canonical, so a direction that stays keeps
 its momentum. `scale` multiplies the update and nothing else. eps is not divided by v's correction.
 
-svd="exact" decomposes G whole. svd="warm", the default, takes block power steps from the basis in force: two, and up to
-four where r is a small share of the side; one more at first, from a random basis. That is a handful of matrix products
-for 99 % of the energy. With full rank nothing is lost, but it is not AdamW: the rule acts on rotated coordinates.
+svd="exact" decomposes G whole. svd="warm", the default, takes block power steps from the basis in force until one
+holds less than a quarter more: two or three at first, later one as a rule. That is a few matrix products for 98 % or
+more of the energy of a text's gradients. With full rank nothing is lost, but it is not AdamW: the rule acts on rotated
+coordinates.
 
 State of one matrix: r·min(out, in) for P, in the gradient's dtype, and 2·r·max(out, in) for the moments, float32 at
 least. `inner` says what the moments are: adamw, adamw8bit (one byte each), adafactor (row and column means; HF's with
