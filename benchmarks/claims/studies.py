@@ -48,10 +48,13 @@ TRAINED = (
     ("pretraining", "lost", "well under plain low rank", "lost", "lowrank"),
     ("pretraining", "sst", "closes most of the gap that ReLoRA leaves", "sst", "relora"),
     ("pretraining", "sst", "near training at full rank", "sst", "full@hf:adamw_torch"),
+    ("larger", "galore", "as good as AdamW, at four times the size (one seed)", "full@galore", "full@hf:adamw_torch"),
+    ("larger", "sltrain", "near full rank, at four times the size (one seed)", "sltrain", "full@hf:adamw_torch"),
 )
 COMMANDS = {
     "fine-tuning": "python benchmarks/optimiser_studies.py --data-dir DIR --study fine-tuning",
     "pretraining": "python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining",
+    "larger": "python benchmarks/optimiser_studies.py --data-dir DIR --study larger",
     "resnet20": "python benchmarks/compress_convolutions.py --data-dir DIR",
     "mobilefacenet": "python benchmarks/compress_convolutions.py --data-dir DIR --model mobilefacenet",
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
