@@ -101,12 +101,12 @@ def svd_sketch(
 def leading_vectors(w: Tensor, r: int, *, start: Tensor | None = None, generator: torch.Generator) -> Tensor:
     """About the r leading right singular vectors of w (out × in), in descending order: orthonormal columns (in × r).
 
-    Block power iteration on q = r + max(r/8, 16) columns, with Rayleigh-Ritz in every step, until the best r of them hold
-    little more after one: a quarter from `start` (in × r), say the vectors of an earlier w, with random columns beside
-    it, or a hundredth from random columns alone. Products are with w and its transpose or, where that is less work,
-    with their Gram matrix: the lesser of 4·out·in·q and 1.25·out·in² + 2·in²·q operations a step. Signs are canonical:
-    the largest-magnitude entry of each column is positive. Where w has fewer directions, any orthonormal ones complete
-    the basis.
+    Block power iteration on q = r + max(r/8, 16) columns, with Rayleigh-Ritz in every step, until the best r of them
+    hold little more after one: a quarter from `start` (in × r), say the vectors of an earlier w, with random columns
+    beside it, or a hundredth from random columns alone. Products are with w and its transpose or, where that is less
+    work, with their Gram matrix: the lesser of 4·out·in·q and 1.25·out·in² + 2·in²·q operations a step. Signs are
+    canonical: the largest-magnitude entry of each column is positive. Where w has fewer directions, any orthonormal
+    ones complete the basis.
     """
     out, in_ = w.shape
     q = min(r + max(r // 8, 16), in_)
@@ -116,17 +116,15 @@ def leading_vectors(w: Tensor, r: int, *, start: Tensor | None = None, generator
     beside = torch.randn(in_, q - start.shape[1], generator=generator, dtype=w.dtype).to(w)
     x = torch.cat([start, torch.linalg.qr(beside - start @ (start.mT @ beside)).Q], dim=1)
     while True:
-        product = w @ x if c is None else c @ x
-        energy, turn = torch.linalg.eigh((product if c is None else x).mT @ product)  # of xᵀ·wᵀ·w·x
-        best = product @ turn.flip(1)[:, :r]
-        stepped = w.mT @ best if c is None else best
-        energy = energy.flip(0)[:r]
+        product = w.mT @ (w @ x) if c is None else c @ x
+        energy, turn = torch.linalg.eigh(x.mT @ product)
+        energy, stepped = energy.flip(0)[:r], product @ turn.flip(1)[:, :r]
         rounding = (torch.finfo(w.dtype).eps * energy[0]).clamp(min=torch.finfo(w.dtype).tiny)
         held = (stepped.square().sum(0) / energy.clamp(min=rounding)).sum()
         if not float(held) > enough * float(energy.sum()):
             x = _nearly_orthonormal(stepped)
             return (x * _row_signs(x.mT)).contiguous()
-        x = torch.linalg.qr(w.mT @ product if c is None else product).Q
+        x = torch.linalg.qr(product).Q
 
 
 def _nearly_orthonormal(x: Tensor) -> Tensor:
