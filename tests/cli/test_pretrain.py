@@ -50,6 +50,15 @@ def test_the_recipe_is_the_optimisers_own_for_random_weights(weft, words, tmp_pa
     assert galore["rank"] == 4 and galore["optimizer"] == "galore" and adamw["optimizer"] is None
 
 
+def test_a_run_that_was_refused_gives_its_folder_to_another(weft, refuse, words, tmp_path):
+    out, relora = tmp_path / "out", ("--method", "relora", "--rank", 4)
+    galore = ("--optimizer", "galore", "--galore-rank", 2)  # whose moments are not of the factors' shape
+    refuse(2, *words(out, *relora, *galore), says=("relora cannot reset", "of Galore"))
+    assert [path.name for path in out.iterdir()] == ["run.yaml"]
+    code, _, err = weft(*words(out, *relora))
+    assert code == 0, err
+
+
 def test_a_run_that_was_cut_short_goes_on_to_the_same_bits_by_its_run_file(weft, words, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = [*GALORE, "--save-steps", 3]

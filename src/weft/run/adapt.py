@@ -414,9 +414,11 @@ def settle_output(run: Request, resume: bool | None) -> bool:
     run_file = output / RUN_FILE
     if resume is False:
         return False
-    if not run_file.exists():
-        others = [path for path in output.iterdir() if not path.name.endswith(PARTIAL)] if output.is_dir() else []
-        if others and not resume:
+    others = [path for path in output.iterdir() if not path.name.endswith(PARTIAL)] if output.is_dir() else []
+    if others in ([], [run_file]):
+        return False  # a run that ended with a refusal left nothing else: any run may begin here
+    if run_file not in others:
+        if not resume:
             raise UsageError(f"output folder {str(output)!r} holds other files; name a new one")
         return False
     before = yaml.safe_load(run_file.read_text(encoding="utf-8")) or {}
