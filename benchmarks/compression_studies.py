@@ -2,7 +2,7 @@
 
     python benchmarks/compression_studies.py --data-dir DIR                 all of them, one after the other
     python benchmarks/compression_studies.py --data-dir DIR --task prose    one: pycode, stories or prose
-    python benchmarks/compression_studies.py --orderings                    what the finished ones say of the papers
+    python benchmarks/compression_studies.py --orderings                    what is there: perplexities, and verdicts
 
     pycode    builtin:pycode, calibrated on Python code; tested on code that did not calibrate, and on help topics
     stories   stories260k, calibrated on stories; tested on other stories, and on encyclopaedia text
@@ -21,6 +21,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import arms
 
 import weft
 from weft.report.study import parse
@@ -54,30 +56,61 @@ def options(task: str, data: Path) -> list[str]:
     return list(map(str, ["--model", model, "--data", *texts, "--data2", second]))
 
 
-def verdict(study: Tradeoffs, keep: float, corpus: int, better: str, worse: str) -> str:
-    """What a study says of one claim: holds, reversed, tie, collapsed, or that it cannot say."""
+def verdict(study: Tradeoffs, keep: float, corpus: int, better: str, worse: str) -> tuple[str, str]:
+    """What a study says of one claim, holds, reversed, tie or collapsed, and the difference in nats a token with its
+    interval; a dash and nothing where one of the two is not in that ranking."""
     ranking = study.rankings[keep][corpus]
     standings = {each.method: each for each in ranking.standings}
     if better not in standings or worse not in standings:
-        return "–"
+        return "–", ""
     pair = ranking.pair(better, worse)
+    shown = arms.told(pair.difference, pair.low, pair.high)
     if pair.better is None:
-        return "tie"
+        return "tie", shown
     if standings[pair.better].collapsed:
-        return "collapsed"
-    said = "holds" if pair.better == better else "reversed"
-    return f"{said} ({pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}])"
+        return "collapsed", shown
+    return "holds" if pair.better == better else "reversed", shown
+
+
+def shown(corpus: str) -> str:
+    """A test corpus by its folder, or by its own name."""
+    return Path(corpus).parent.name or corpus
+
+
+def costs(study: Tradeoffs) -> Iterator[str]:
+    """A table a test corpus: the perplexity of each method over the dense model's, at each share that it can have."""
+    for corpus, name in enumerate(study.corpora):
+        assert study.dense is not None
+        dense = study.dense["corpora"][corpus]["perplexity"]
+        rows: dict[str, list[str]] = {}
+        for place, (keep, entries) in enumerate(study.tables.items()):
+            ranked = {each.method for each in study.rankings[keep][corpus].standings}
+            for entry in entries:
+                cells = rows.setdefault(entry.name, ["–"] * len(study.tables))
+                if (found := entry.perplexity(corpus)) and entry.name in ranked:
+                    cells[place] = f"{found / dense:.2f}" if found < 10 * dense else f"{found / dense:.0f}"
+        yield f"\n{shown(name)}, perplexity over {dense:.3g}\n"
+        yield "| | " + " | ".join(f"keep {keep:g}" for keep in study.tables) + " |"
+        yield "| --- |" + " ---: |" * len(study.tables)
+        yield from (f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())
 
 
 def orderings(study: Tradeoffs) -> Iterator[str]:
     """A table a test corpus: claims against shares, differences in nats a token with their intervals."""
     for corpus, name in enumerate(study.corpora):
-        yield f"\n{name}\n"
+        yield f"\n{shown(name)}\n"
         yield "| claim | " + " | ".join(f"keep {keep:g}" for keep in study.tables) + " |"
         yield "| --- |" + " --- |" * len(study.tables)
         for better, worse in CLAIMS:
-            cells = [verdict(study, keep, corpus, better, worse) for keep in study.tables]
+            cells = [" ".join(verdict(study, keep, corpus, better, worse)) for keep in study.tables]
             yield f"| {better} below {worse} | " + " | ".join(cells) + " |"
+
+
+def finished() -> Iterator[tuple[str, Tradeoffs]]:
+    """The studies of which there are results."""
+    for task in TASKS:
+        if (RESULTS / f"compress_{task}" / "results.jsonl").exists():
+            yield task, digest(*parse(RESULTS / f"compress_{task}"))
 
 
 def main() -> None:
@@ -89,16 +122,16 @@ def main() -> None:
     if not args.orderings and args.data_dir is None and args.task != "pycode":
         parser.error("--data-dir is missing: the folder with models and texts")
     methods = ",".join(slug for slug in sorted(weft.cards("compress")) if not learns(slug))
-    for task in [args.task] if args.task else TASKS:
-        output = RESULTS / f"compress_{task}"
-        if not args.orderings:
-            command = [sys.executable, "-m", "weft", "compare", "--pillar", "compress", "--methods", methods]
-            command += ["--samples", "64", "--rows", "64", "--output", os.path.relpath(output)]
-            code = subprocess.run([*command, *options(task, args.data_dir or Path()), *passed]).returncode
-            if code:
-                sys.exit(code)
-        if (output / "results.jsonl").exists():
-            print(f"\n{task}", *orderings(digest(*parse(output))), sep="\n")
+    wanted = [args.task] if args.task else TASKS
+    for task in () if args.orderings else wanted:
+        command = [sys.executable, "-m", "weft", "compare", "--pillar", "compress", "--methods", methods]
+        command += ["--samples", "64", "--rows", "64", "--output", os.path.relpath(RESULTS / f"compress_{task}")]
+        code = subprocess.run([*command, *options(task, args.data_dir or Path()), *passed]).returncode
+        if code:
+            sys.exit(code)
+    for task, study in finished():
+        if task in wanted:
+            print(f"\n{task}", *costs(study), *orderings(study), sep="\n")
 
 
 if __name__ == "__main__":

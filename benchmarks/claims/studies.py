@@ -58,6 +58,7 @@ COMMANDS = {
     "resnet20": "python benchmarks/compress_convolutions.py --data-dir DIR",
     "mobilefacenet": "python benchmarks/compress_convolutions.py --data-dir DIR --model mobilefacenet",
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
+    "squeezed": "python benchmarks/compression_studies.py --data-dir DIR",
     "maestro": "python benchmarks/maestro.py --data-dir DIR",
     "trp": "python benchmarks/trp.py --data-dir DIR",
     "trained": "python benchmarks/trained_compression.py --data-dir DIR",
@@ -127,6 +128,19 @@ def clicks() -> Iterator[tuple[str, Line]]:
             apart, low, high = ctr.above(rows, mine, theirs)
             found = f"{models} on {data}: {told(apart, low, high, 'points')}"
             yield "clicks", Line("atomic_feature_mimicking", f"{mine} above {theirs} in AUC", found, verdict(low, high))
+
+
+def squeezed() -> Iterator[tuple[str, Line]]:
+    import compression_studies as compression
+
+    for task, study in compression.finished():
+        for (better, worse), keep, (place, corpus) in product(
+            compression.CLAIMS, study.tables, enumerate(study.corpora)
+        ):
+            word, shown = compression.verdict(study, keep, place, better, worse)
+            if shown:
+                found = f"{task}, {compression.shown(corpus)}: {shown} nats"
+                yield "squeezed", Line(better, f"{better} below {worse}, keep {keep:g}", found, word)
 
 
 def compressed() -> Iterator[tuple[str, Line]]:
@@ -267,7 +281,7 @@ def page() -> Iterator[str]:
     yield from ("## On real models and data", "")
     yield "Paired 95 % bootstrap intervals over documents, rows, images or tasks, three seeds where models are trained."
     yield "What is better but has twice the dense model's perplexity is *collapsed*."
-    compression = compressed, convolutions, clicks, repaired, routed, shortened
+    compression = squeezed, compressed, convolutions, clicks, repaired, routed, shortened
     for run in (trained, *compression, cut, pruned, graphs, translated, faces, adapted, streamed):
         lines = list(run())
         for study in dict.fromkeys(study for study, _ in lines):
