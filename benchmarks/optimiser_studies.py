@@ -1,11 +1,12 @@
-"""Optimisers and forms of weights on real text: three studies, each one `weft compare`.
+"""Optimisers and forms of weights on real text: four studies, each one `weft compare`.
 
     python benchmarks/optimiser_studies.py --data-dir DIR                     all of them, one after the other
-    python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining one: pretraining, larger or fine-tuning
+    python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining one of the four below
 
     pretraining   a Llama of 1.8 M parameters beside its embeddings, from random weights, 2 M tokens of books read once
     larger        AdamW, GaLore and SLTrain on one of four times that size, one seed; both in bfloat16
     fine-tuning   stories260k → TinyShakespeare: every weight by each optimiser, LoRA, and LoRA-Pro
+    wide          builtin:pycode → help topics: SaRA with and without its pull to low rank, which acts on sides above 64
 
 The loss is on the last part of each book; "other text" is wikitext2's test split. DIR holds gutenberg_books/,
 wikitext2/, tinyshakespeare/, models/stories260k_llama and the tokenizer of models/prose7m_llama. A study lies in
@@ -57,6 +58,11 @@ TUNED = {
     "full@owlore#uniform": {**BLOCKS, "sampling": "uniform"},
     "full@sara": {"share": 0.18},
 }
+WIDE = {  # as many trained numbers each
+    "peft:lora": {"r": 16},
+    "full@sara": {"share": 0.0856},
+    "full@sara#alone": {"share": 0.0856, "lambda_rank": 0},
+}
 SIZES = {
     "pretraining": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4},
     "larger": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4},
@@ -95,10 +101,16 @@ def config(source: Path, folder: Path, size: str) -> str:
 
 def prepared(study: str, source: Path, folder: Path) -> list[str]:
     """Write a study's data; the options of its comparison."""
-    if study == "fine-tuning":
-        entries = TUNED
-        options = [*shakespeare(source, folder), "--budget", "steps=150", "--grid-steps", "50"]
-        options += ["--grid-extend", "6", "--forget-data", "none"]  # rates are for models that are far larger
+    options = ["--data", str(folder)]
+    if study in ("fine-tuning", "wide"):
+        if study == "fine-tuning":
+            entries = TUNED
+            options += [*shakespeare(source, folder), "--forget-data", "none"]
+        else:
+            entries = WIDE
+            options = ["--model", "builtin:pycode", "--data", "builtin:pydocs", "--forget-data", "builtin:stdlib"]
+            options += ["--budget", "steps=150", "--batch-size", "16", "--max-length", "128"]
+        options += ["--grid-steps", "50", "--grid-extend", "6"]  # rates are for models that are far larger
     else:
         books(source, folder)
         other = folder.parent / "wikitext2"
@@ -106,7 +118,7 @@ def prepared(study: str, source: Path, folder: Path) -> list[str]:
         for name, split in (("valid", "train"), ("test", "test")):
             (other / f"{split}.txt").write_text(open_text(source / "wikitext2" / f"{name}.txt"), encoding="utf-8")
         entries = PRETRAINED if study == "pretraining" else LARGER
-        options = ["--model", config(source, folder, study), "--budget", "steps=490", "--grid-steps", "122"]
+        options += ["--model", config(source, folder, study), "--budget", "steps=490", "--grid-steps", "122"]
         options += ["--batch-size", "16", "--max-length", "256", "--bf16", "--forget-data", str(other)]
         options += ["--references", "none"]
     for name, chosen in entries.items():
@@ -115,7 +127,7 @@ def prepared(study: str, source: Path, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    studies = ("pretraining", "larger", "fine-tuning")
+    studies = ("pretraining", "larger", "fine-tuning", "wide")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--study", choices=studies, help="one study alone")
@@ -123,7 +135,7 @@ def main() -> None:
     for study in [args.study] if args.study else studies:
         data = Path("build") / "studies" / study / "data"
         data.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "weft", "compare", "--data", str(data)]
+        command = [sys.executable, "-m", "weft", "compare"]
         command += ["--output", os.path.relpath(RESULTS / study), *prepared(study, args.data_dir, data)]
         code = subprocess.run([*command, *passed]).returncode
         if code:
