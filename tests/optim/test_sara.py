@@ -451,6 +451,46 @@ def test_a_saved_delta_makes_of_the_original_what_was_tuned(dtype, tmp_path):
     assert same(values(fresh), values(model))
 
 
+def test_a_diffusion_unet_from_a_config_learns_by_its_small_weights_alone(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (16, 80),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return diffusers.UNet2DConditionModel.from_config(config)
+
+    model = made()
+    start = values(model)
+    optimizer = weft.optim.optimizer("sara", model, share=0.2, lambda_rank=5e-4, lr=5e-3)
+    draw = generator("latents")
+    noise, caption = torch.randn(4, 4, 8, 8, generator=draw), torch.randn(4, 5, 16, generator=draw)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (model(noise, torch.arange(4), caption).sample - noise).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    small = {name: optimizer.state[p]["entries"] for name, p in model.named_parameters()}
+    assert 0.19 < sum(small.values()) / sum(p.numel() for p in start.values()) <= 0.2
+    for name, p in values(model).items():
+        assert int((p != start[name]).sum()) <= small[name], name
+    save_delta(optimizer, tmp_path / "delta.safetensors")
+    fresh = made()
+    apply_delta(fresh, tmp_path / "delta.safetensors")
+    assert same(values(fresh), values(model))
+
+
 def test_a_delta_is_refused_by_a_model_that_is_not_the_original(tmp_path):
     model = unet(torch.float32)
     optimizer = sara(model)
