@@ -39,6 +39,8 @@ TRAINED = (
     ("fine-tuning", "owlore", "layers drawn by outliers beat GaLore", "full@owlore", "full@galore"),
     ("fine-tuning", "sara", "small weights, trained, beat a LoRA of equal size", "full@sara", "peft:lora"),
     ("fine-tuning", "lora_pro", "gradients near to full ones beat plain LoRA", "peft:lora@lora_pro", "peft:lora"),
+    ("wide", "sara", "small weights, trained, beat a LoRA of equal size", "full@sara", "peft:lora"),
+    ("wide", "sara", "the pull to low rank helps", "full@sara", "full@sara#alone"),
     ("pretraining", "galore", "as good as AdamW on all weights", "full@galore", "full@hf:adamw_torch"),
     ("pretraining", "galore", "moments of 8 bits are as good", "full@galore#8bit", "full@galore"),
     ("pretraining", "dct_projection", "columns of a DCT are as good as GaLore's", "full@dct_projection", "full@galore"),
@@ -53,6 +55,7 @@ TRAINED = (
 )
 COMMANDS = {
     "fine-tuning": "python benchmarks/optimiser_studies.py --data-dir DIR --study fine-tuning",
+    "wide": "python benchmarks/optimiser_studies.py --data-dir DIR --study wide",
     "pretraining": "python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining",
     "larger": "python benchmarks/optimiser_studies.py --data-dir DIR --study larger",
     "resnet20": "python benchmarks/compress_convolutions.py --data-dir DIR",
