@@ -145,8 +145,9 @@ def test_power_steps_hold_the_energy_in_orthonormal_columns(dtype, error, shape,
     values = values * (values > 0.9 * size) if not smallest else values  # six directions, fewer than are wanted
     w = matrix(*shape, values=values)
     r = 12
-    near = torch.linalg.svd(w).Vh[:r].mT + 0.1 * matrix(shape[1], r, seed=1)
-    for start in (None, torch.linalg.qr(near).Q.to(dtype)):
+    far = matrix(shape[1], r, seed=1)
+    near = torch.linalg.svd(w).Vh[:r].mT + 0.1 * far
+    for start in (None, *(torch.linalg.qr(x).Q.to(dtype) for x in (far, near))):
         found = leading_vectors(w.to(dtype), r, start=start, generator=generator(0)).double()
         assert identity_error(found) < error
         assert (w @ found).square().sum() > 0.99 * values[:r].square().sum()

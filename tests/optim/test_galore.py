@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import weft.optim
-from weft import builtin
 from weft.algebra.random import generator
 from weft.errors import UsageError
 from weft.optim._projected import update_in_backward
@@ -179,23 +178,18 @@ def test_a_byte_is_the_nearest_value_of_the_code(signed):
     assert bool((off <= least + 1e-7 * x[0].abs()).all())  # middles are rounded
 
 
-@pytest.mark.parametrize("tokens, least", [("text", 0.98), ("noise", 0.9)])
 @pytest.mark.parametrize("rank", [4, 16, 48])
-def test_warm_refreshes_hold_what_the_exact_ones_hold_on_a_language_models_gradients(rank, tokens, least):
+def test_warm_refreshes_hold_99_percent_of_what_the_exact_ones_hold_on_a_language_models_gradients(rank):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    text = torch.tensor(list("".join(row["text"] for row in builtin.texts("stdlib", "validation")).encode()))
-    text = text.clamp(max=127)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4
+        vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4
     )
     model = LlamaForCausalLM(config)
     optimizer = weft.optim.optimizer("galore", model, rank=rank, update_proj_gap=1)
     for step in range(3):
-        ids = text[256 * step : 256 * (step + 1)].reshape(4, 64)
-        if tokens == "noise":
-            ids = torch.randint(128, ids.shape, generator=generator("batch", step))
+        ids = torch.randint(64, (4, 32), generator=generator("batch", step))
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -204,7 +198,7 @@ def test_warm_refreshes_hold_what_the_exact_ones_hold_on_a_language_models_gradi
                 state = optimizer.state[p]
                 held = p.grad @ state["right"].mT if "right" in state else state["left"].mT @ p.grad
                 exact = torch.linalg.svdvals(p.grad)[:rank].square().sum()
-                assert held.square().sum() > least * exact, (step, name)
+                assert held.square().sum() > 0.99 * exact, (step, name)
 
 
 def test_a_gradient_of_small_rank_gets_a_whole_basis_and_the_update_proceeds():

@@ -102,7 +102,7 @@ def leading_vectors(w: Tensor, r: int, *, start: Tensor | None = None, generator
     """About the r leading right singular vectors of w (out × in), in descending order: orthonormal columns (in × r).
 
     Block power iteration on q = r + max(r/8, 16) columns, with Rayleigh-Ritz in every step, until the best r of them
-    hold little more after one: a quarter from `start` (in × r), say the vectors of an earlier w, with random columns
+    hold little more after one: a fifth from `start` (in × r), say the vectors of an earlier w, with random columns
     beside it, or a hundredth from random columns alone. Products are with w and its transpose or, where that is less
     work, with their Gram matrix: the lesser of 4·out·in·q and 1.25·out·in² + 2·in²·q operations a step. Signs are
     canonical: the largest-magnitude entry of each column is positive. Where w has fewer directions, any orthonormal
@@ -112,7 +112,7 @@ def leading_vectors(w: Tensor, r: int, *, start: Tensor | None = None, generator
     q = min(r + max(r // 8, 16), in_)
     w = _squarable(w.to(torch.promote_types(w.dtype, torch.float32)))
     c = gram(w) if 1.25 * out * in_ + 2 * in_ * q < 4 * out * q else None
-    start, enough = (w.new_empty(in_, 0), 1.01) if start is None else (start.to(w), 1.25)
+    start, enough = (w.new_empty(in_, 0), 1.01) if start is None else (start.to(w), 1.2)
     beside = torch.randn(in_, q - start.shape[1], generator=generator, dtype=w.dtype).to(w)
     x = torch.cat([start, torch.linalg.qr(beside - start @ (start.mT @ beside)).Q], dim=1)
     while True:

@@ -13,7 +13,7 @@ kept across refreshes as they are, neither turned nor reset; signs of P are cano
 its momentum. `scale` multiplies the update and nothing else. eps is not divided by v's correction.
 
 svd="exact" decomposes G whole. svd="warm", the default, takes block power steps from the basis in force until one
-holds less than a quarter more: two or three at first, later one as a rule. That is a few matrix products for 98 % or
+holds less than a fifth more: two or three at first, later one as a rule. That is a few matrix products for 98 % or
 more of the energy of a text's gradients. With full rank nothing is lost, but it is not AdamW: the rule acts on rotated
 coordinates.
 
