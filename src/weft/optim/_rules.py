@@ -203,7 +203,7 @@ def _nearest_codes(unit: Tensor, signed: bool) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _intervals(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each interval of floats the place of its least one, and the middles between a code's values."""
-    code = torch.tensor(_code(signed))
+    code = _map(signed, torch.device("cpu"))
     middles = (code[1:] + code[:-1]) / 2
     upper = torch.arange(1 << 16, dtype=torch.int32) << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
