@@ -114,10 +114,9 @@ def truncate(
             alone that may be the best. The same cuts wherever one costs no less after others, several times faster.
 
     Each cut saves as much, or all that the layer has, in the layer whose cut leaves the least loss: with a `step` above
-    the share that a layer has of all, whole layers go at once. Returns the models
-    from the whole one to the smallest, each nested in the one before; `shrink(model, cuts[-1].widths)` makes one. The
-    model's factors are as they were in the end. Raises UsageError where the budget cannot be met, and WeftError where
-    the whole model has no finite loss.
+    the share that a layer has of all, whole layers go at once. Returns the models from the whole one to the smallest,
+    each nested in the one before; `shrink(model, cuts[-1].widths)` makes one. The model's factors are as they were in
+    the end. Raises UsageError where the budget cannot be met, and WeftError where the whole model has no finite loss.
     """
     if not 0 <= budget <= 1 or not 0 < step <= 1:
         raise UsageError(f"budget={budget!r} and step={step!r} must be shares, 0 to 1, and step not 0")
