@@ -72,7 +72,7 @@ def verdict(study: Tradeoffs, keep: float, corpus: int, better: str, worse: str)
     return "holds" if pair.better == better else "reversed", shown
 
 
-def shown(corpus: str) -> str:
+def named(corpus: str) -> str:
     """A test corpus by its folder, or by its own name."""
     return Path(corpus).parent.name or corpus
 
@@ -89,7 +89,7 @@ def costs(study: Tradeoffs) -> Iterator[str]:
                 cells = rows.setdefault(entry.name, ["–"] * len(study.tables))
                 if (found := entry.perplexity(corpus)) and entry.name in ranked:
                     cells[place] = f"{found / dense:.2f}" if found < 10 * dense else f"{found / dense:.0f}"
-        yield f"\n{shown(name)}, perplexity over {dense:.3g}\n"
+        yield f"\n{named(name)}, perplexity over {dense:.3g}\n"
         yield "| | " + " | ".join(f"keep {keep:g}" for keep in study.tables) + " |"
         yield "| --- |" + " ---: |" * len(study.tables)
         yield from (f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())
@@ -98,7 +98,7 @@ def costs(study: Tradeoffs) -> Iterator[str]:
 def orderings(study: Tradeoffs) -> Iterator[str]:
     """A table a test corpus: claims against shares, differences in nats a token with their intervals."""
     for corpus, name in enumerate(study.corpora):
-        yield f"\n{shown(name)}\n"
+        yield f"\n{named(name)}\n"
         yield "| claim | " + " | ".join(f"keep {keep:g}" for keep in study.tables) + " |"
         yield "| --- |" + " --- |" * len(study.tables)
         for better, worse in CLAIMS:

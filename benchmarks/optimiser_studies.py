@@ -54,6 +54,7 @@ TUNED = {
     "peft:lora@lora_pro": {"r": 8},
     "full@hf:adamw_torch": {},
     "full@galore": {"rank": 16, "update_proj_gap": 50},
+    "full@galore#small": {"rank": 2, "update_proj_gap": 50},  # about OwLore's and LoRA's state
     "full@owlore": {**BLOCKS, "outlier_multiple": 5},
     "full@owlore#uniform": {**BLOCKS, "sampling": "uniform"},
     "full@sara": {"share": 0.18},
@@ -63,6 +64,7 @@ WIDE = {  # as many trained numbers each
     "full@sara": {"share": 0.0856},
     "full@sara#alone": {"share": 0.0856, "lambda_rank": 0},
 }
+GRID = ("--grid-steps", "50", "--grid-extend", "6")  # recipes' rates are for models that are far larger
 SIZES = {
     "pretraining": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4},
     "larger": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4},
@@ -102,15 +104,13 @@ def config(source: Path, folder: Path, size: str) -> str:
 def prepared(study: str, source: Path, folder: Path) -> list[str]:
     """Write a study's data; the options of its comparison."""
     options = ["--data", str(folder)]
-    if study in ("fine-tuning", "wide"):
-        if study == "fine-tuning":
-            entries = TUNED
-            options += [*shakespeare(source, folder), "--forget-data", "none"]
-        else:
-            entries = WIDE
-            options = ["--model", "builtin:pycode", "--data", "builtin:pydocs", "--forget-data", "builtin:stdlib"]
-            options += ["--budget", "steps=150", "--batch-size", "16", "--max-length", "128"]
-        options += ["--grid-steps", "50", "--grid-extend", "6"]  # rates are for models that are far larger
+    if study == "fine-tuning":
+        entries = TUNED
+        options += [*shakespeare(source, folder), *GRID, "--forget-data", "none"]
+    elif study == "wide":
+        entries = WIDE
+        options = ["--model", "builtin:pycode", "--data", "builtin:pydocs", "--forget-data", "builtin:stdlib", *GRID]
+        options += ["--budget", "steps=150", "--batch-size", "16", "--max-length", "128"]
     else:
         books(source, folder)
         other = folder.parent / "wikitext2"

@@ -37,6 +37,7 @@ TRAINED = (
     ("fine-tuning", "owlore", "layers drawn by outliers beat a LoRA", "full@owlore", "peft:lora"),
     ("fine-tuning", "owlore", "layers drawn by outliers beat ones drawn evenly", "full@owlore", "full@owlore#uniform"),
     ("fine-tuning", "owlore", "layers drawn by outliers beat GaLore", "full@owlore", "full@galore"),
+    ("fine-tuning", "owlore", "they beat GaLore of as small a state", "full@owlore", "full@galore#small"),
     ("fine-tuning", "sara", "small weights, trained, beat a LoRA of equal size", "full@sara", "peft:lora"),
     ("fine-tuning", "lora_pro", "gradients near to full ones beat plain LoRA", "peft:lora@lora_pro", "peft:lora"),
     ("wide", "sara", "small weights, trained, beat a LoRA of equal size", "full@sara", "peft:lora"),
@@ -142,7 +143,7 @@ def squeezed() -> Iterator[tuple[str, Line]]:
         ):
             word, shown = compression.verdict(study, keep, place, better, worse)
             if shown:
-                found = f"{task}, {compression.shown(corpus)}: {shown} nats"
+                found = f"{task}, {compression.named(corpus)}: {shown} nats"
                 yield "squeezed", Line(better, f"{better} below {worse}, keep {keep:g}", found, word)
 
 
