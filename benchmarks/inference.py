@@ -7,6 +7,8 @@ On an idle machine alone: waiting threads cost more. Layers of all kinds take tu
 weight is more at home in the cache than in a model; inputs are normal, and other ones each step. Low rank and
 dictionary keep 0.7 of the bits. The rank-aware layer is made for single tokens and reads half of its weights there; a
 token's active columns come to about 1/2·0.95 of all. ARMOR's blocks have 128 sides; a processor has no 2:4 product.
+A factor of our layers takes the faster of two libraries (weft.algebra.matmul): `factor` is the dense matrix itself in
+such a layer, so that what is the library's can be told from what is the form's.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import nn
 from weft.compress._layers import Layer
 from weft.compress.cospadi import CospadiConfig, CospadiFactoriser
 from weft.compress.r_sparse import budget
-from weft.linear._structured import Structured
+from weft.linear._structured import Factor, Structured, bare
 from weft.linear.block_semi_sparse import BlockSemiSparse
 from weft.linear.dictionary import Dictionary
 from weft.linear.low_rank import LowRank
@@ -38,6 +40,12 @@ from weft.run.compare import commit
 RESULTS = Path(__file__).parent / "results" / "compression" / "inference.json"
 SIDES, BATCHES = (1024, 2048, 4096), (1, 16)
 KEEP, SPARSITY, RATIO, BLOCK = 0.7, 0.5, 0.95, 128
+
+
+def factor(weight: torch.Tensor) -> Factor:
+    layer = bare(Factor, *weight.mT.shape, bias=False, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    return layer
 
 
 def low_rank(weight: torch.Tensor) -> Structured:
@@ -72,7 +80,8 @@ def block_semi_sparse(weight: torch.Tensor) -> Structured:
 
 
 # kind → how to make it of random numbers, which cost what right ones do, and the rows of x that it is meant for
-KINDS: dict[str, tuple[Callable[[torch.Tensor], Structured], tuple[int, ...]]] = {
+KINDS: dict[str, tuple[Callable[[torch.Tensor], nn.Module], tuple[int, ...]]] = {
+    "factor": (factor, BATCHES),
     "low_rank": (low_rank, BATCHES),
     "dictionary": (dictionary, BATCHES),
     "rank_aware_sparse": (rank_aware_sparse, (1,)),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weft
-from weft.linear._structured import StructuredLinear, stored_bits
+from weft.linear._structured import DENSE, StructuredLinear, stored_bits
 from weft.linear._transformers import attach_format, save_compressed, to_dense, to_linears
 from weft.linear.factored_embedding import FactoredEmbedding
 from weft.linear.low_rank import LowRank
@@ -385,7 +385,7 @@ def test_torchao_quantises_the_factors_inside(saved, name, dtype, tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     model = load(saved[name, "low_rank"], name, dtype=dtype)
     before = logits(model).float()
-    untied = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
+    untied = [n for n, m in model.named_modules() if type(m) in DENSE and n != "lm_head"]
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, where: where in untied)
     layer = next(iter(structured(model).values()))
     assert type(layer.up.weight).__module__.startswith("torchao") and type(layer.weight) is torch.Tensor

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from weft.algebra.bits import pack, unpack
+from weft.algebra.matmul import eager, times
 from weft.algebra.sparse_coding import spread
 from weft.errors import WeftError
 from weft.linear._structured import StructuredLinear
 
 TILE = 256  # rows of S that are written out at a time: few enough to stay near the processor
-FEW = 64  # rows of x up to which the sparse product of a processor is faster, and which it takes at a time
+FEW = 32  # rows of x up to which the sparse product of a processor is faster, and which it takes at a time
 THIN = 0.125  # share of a row's entries up to which it is faster with any number, but for half the bits
 SPARSE = torch.backends.mkl.is_available()  # whether there is one
 
@@ -100,9 +100,7 @@ class Coded(StructuredLinear):
 
 def _is_faster(z: Tensor, s: int) -> bool:
     """Whether a sparse product is there, and faster. It knows neither gradients of the values nor autocast."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    if not SPARSE or z.device.type != "cpu" or len(z) == 0:
+    if not (SPARSE and eager(z) and len(z)):
         return False
     return len(z) <= FEW or (s <= THIN * z.shape[1] and z.element_size() >= 4)
 
@@ -142,7 +140,7 @@ class _Codes(torch.autograd.Function):
         for start in range(0, len(values), TILE):
             rows = slice(start, start + TILE)
             tile = spread(places[rows].long(), values[rows], z.shape[1])
-            parts.append(linear(z, tile, None if bias is None else bias[rows]))
+            parts.append(times(z, tile, None if bias is None else bias[rows]))
         return torch.cat(parts, 1)
 
     @staticmethod

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 import weft.linear
+from weft.algebra.matmul import times
 from weft.errors import UsageError, nearest
 from weft.registry import class_name
 
@@ -205,21 +206,31 @@ def bare_linear(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Linear:
-    """An nn.Linear without values: a dense factor of some kind. Draws no random numbers."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a factor of rank 0
-        return bare(nn.Linear, in_features, out_features, bias=bias, device=device, dtype=dtype)
+    """An nn.Linear without values. Draws no random numbers."""
+    return bare(nn.Linear, in_features, out_features, bias=bias, device=device, dtype=dtype)
 
 
 def bare(stock: type[M], *sizes: Any, device: torch.device | str | None = None, **options: Any) -> M:
-    """A stock layer without values. Draws no random numbers."""
-    return skip_init(stock, *sizes, device=device or "cpu", **options)
+    """A layer without values. Draws no random numbers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a factor of rank 0
+        return skip_init(stock, *sizes, device=device or "cpu", **options)
+
+
+class Factor(nn.Linear):
+    """A dense factor of some kind: a linear layer, by the faster of a processor's two libraries."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return times(input, self.weight, self.bias)
+
+
+DENSE = (nn.Linear, Factor)
 
 
 def plain(*factors: nn.Module) -> bool:
     """Whether these are linear layers that multiply by their weights: one that is quantised, or has an adapter of its
     own, alone knows how to multiply."""
-    return all(type(each) is nn.Linear and type(each.weight) is nn.Parameter for each in factors)
+    return all(type(each) in DENSE and type(each.weight) is nn.Parameter for each in factors)
 
 
 def computed_in(x: Tensor) -> torch.dtype:

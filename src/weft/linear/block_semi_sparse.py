@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from weft.algebra.bits import pack, unpack
 from weft.algebra.blocks import blocks_times, times_blocks
+from weft.algebra.matmul import times
 from weft.errors import UsageError
 from weft.linear._structured import StructuredLinear
 
@@ -113,7 +113,7 @@ class BlockSemiSparse(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = times_blocks(x, self.right.mT)
-        x = times_blocks(linear(x, self._core(x)), self.left.mT)
+        x = times_blocks(times(x, self._core(x)), self.left.mT)
         return x if self.offset is None else x + self.offset
 
     def dense(self) -> Tensor:

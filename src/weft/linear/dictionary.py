@@ -13,7 +13,7 @@ done to the leader's `atoms` (an adapter, say) is done to all.
 With many rows of x, S is written out for some outputs at a time and multiplied as a dense matrix: at the ratios k/s in
 use S is between a quarter and two thirds full, and no sparse product is faster. A processor multiplies few rows by the
 sparse matrix, since to write S out would cost more than to multiply by it. benchmarks/sparse_coding.py measures the
-ways. What is saved is memory, not time.
+ways. What is saved is memory; time only where x has few rows, and W many numbers (benchmarks/inference.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from weft.algebra.random import generator
 from weft.algebra.sparse_coding import ksvd
 from weft.errors import UsageError
 from weft.linear._codes import Coded
-from weft.linear._structured import bare_linear
+from weft.linear._structured import Factor, bare
 
 
 class Dictionary(Coded):
@@ -53,7 +53,7 @@ class Dictionary(Coded):
             raise UsageError(f"nonzeros={nonzeros}, atoms={atoms}: an output takes from 1 to all of the atoms")
         self.__dict__["leader"] = leader  # out of torch's sight, which would store the leader with each layer
         if leader is None:
-            self.atoms = bare_linear(in_features, atoms, False, device, dtype)
+            self.atoms = bare(Factor, in_features, atoms, bias=False, device=device, dtype=dtype)
         elif not isinstance(leader, Dictionary) or leader.leader is not None:
             raise UsageError("its leader has no dictionary of its own")
         elif (leader.in_features, leader._width) != (in_features, atoms):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.algebra.svd import svd_top
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank
+from weft.linear._structured import Factor, StructuredLinear, bare, check_rank
 
 
 class LowRank(StructuredLinear):
@@ -31,8 +31,8 @@ class LowRank(StructuredLinear):
     ) -> None:
         super().__init__(in_features, out_features, device=device, dtype=dtype)
         self.rank = check_rank(rank, out_features, in_features)
-        self.down = bare_linear(in_features, rank, False, device, dtype)
-        self.up = bare_linear(rank, out_features, bias, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = bare(Factor, rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch.nn import functional
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
 from weft.linear._codes import smallest_int
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank, computed_in, plain
+from weft.linear._structured import Factor, StructuredLinear, bare, check_rank, computed_in, plain
 
 aten = torch.ops.aten
 # σ, and what comes of a gradient g of σ(h)
@@ -75,9 +75,9 @@ class LowRankPlusChannels(StructuredLinear):
             raise UsageError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
         self.channels, self.gamma, self.activation = channels, gamma, activation
         self.linear = activation == "none"
-        self.down = bare_linear(in_features, rank, False, device, dtype)
-        self.up = bare_linear(rank, out_features, bias, device, dtype)
-        self.columns = bare_linear(channels, out_features, False, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = bare(Factor, rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.columns = bare(Factor, channels, out_features, bias=False, device=device, dtype=dtype)
         self.register_buffer("index", torch.arange(channels, device=device).to(smallest_int(in_features)))
 
     @classmethod

@@ -26,7 +26,7 @@ from weft.algebra.random import generator
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError, WeftError
 from weft.linear._codes import as_bits, smallest_int, stored
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank, computed_in, plain
+from weft.linear._structured import Factor, StructuredLinear, bare, check_rank, computed_in, plain
 
 TILE = 2**20  # entries of W that are written out at a time
 FEW = 16  # rows of x up to which the factors are faster
@@ -61,8 +61,8 @@ class LowRankPlusScattered(StructuredLinear):
         size = out_features * in_features
         if not 0 <= nonzeros <= size:
             raise UsageError(f"nonzeros={nonzeros}: the sparse part of {out_features} × {in_features} stores 0 to all")
-        self.down = bare_linear(in_features, rank, False, device, dtype)
-        self.up = bare_linear(rank, out_features, bias, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = bare(Factor, rank, out_features, bias=bias, device=device, dtype=dtype)
         self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
         self.gate = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if scale is None else None
         first = torch.arange(nonzeros, device=device)

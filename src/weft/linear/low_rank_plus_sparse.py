@@ -23,7 +23,7 @@ from weft.algebra.sparse_coding import spread
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
 from weft.linear._codes import Coded
-from weft.linear._structured import bare_linear, check_rank
+from weft.linear._structured import Factor, bare, check_rank
 
 
 class LowRankPlusSparse(Coded):
@@ -43,8 +43,8 @@ class LowRankPlusSparse(Coded):
         super().__init__(in_features, out_features, device=device, dtype=dtype)
         self.rank = check_rank(rank, out_features, in_features)
         _check_nonzeros(nonzeros, in_features)
-        self.down = bare_linear(in_features, rank, False, device, dtype)
-        self.up = bare_linear(rank, out_features, bias, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = bare(Factor, rank, out_features, bias=bias, device=device, dtype=dtype)
         self._make_codes(in_features, nonzeros, device, dtype)
 
     @classmethod

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from weft.algebra.quantise import WIDTHS, decode, nearest, pack, packed_size, unpack
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank, computed_in
+from weft.linear._structured import Factor, StructuredLinear, bare, check_rank, computed_in
 
 TILE = 2**20  # entries of Wq that are written out at a time
 
@@ -65,8 +65,8 @@ class QuantisedPlusLowRank(StructuredLinear):
         self.register_buffer("codes", stored(packed_size(in_features, bits)))
         self.register_buffer("steps", stored(groups, torch.int16))
         self.register_buffer("zeros", stored(packed_size(groups, bits)))
-        self.down = bare_linear(in_features, rank, False, device, dtype)
-        self.up = bare_linear(rank, out_features, bias, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = bare(Factor, rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     @torch.no_grad()

@@ -36,9 +36,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from weft.algebra.matmul import times
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank
+from weft.linear._structured import Factor, StructuredLinear, bare, check_rank
 
 _NUMBERS = 1 << 22  # of a matrix, below which finding what is active costs more than reading everything
 _SHARE = 0.75  # of the columns, beyond which there is little to leave out
@@ -85,8 +86,8 @@ class RankAwareSparse(StructuredLinear):
             raise UsageError(f"prefill_ratio={prefill_ratio}: a share of a sequence's tokens, 0 to 1")
         self.rank, self.prefill_ratio = check_rank(rank, out_features, in_features), prefill_ratio
         self.columns = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
-        self.down = bare_linear(in_features, rank, False, device, dtype)
-        self.up = bare_linear(rank, out_features, False, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = bare(Factor, rank, out_features, bias=False, device=device, dtype=dtype)
         self.shift = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("scale", torch.empty(in_features, device=device, dtype=torch.float32))
         self.register_buffer("tau", torch.empty((), device=device, dtype=torch.float32))
@@ -154,10 +155,10 @@ class RankAwareSparse(StructuredLinear):
         length = x.shape[-2] if x.dim() > 1 else 1
         dense = dense_tokens(length, self.prefill_ratio)
         if dense == length:
-            return functional.linear(x, self.columns.mT, self.shift)
+            return times(x, self.columns.mT, self.shift)
         if dense == 0:
             return self._sparse(x)
-        first = functional.linear(x[..., :dense, :], self.columns.mT, self.shift)
+        first = times(x[..., :dense, :], self.columns.mT, self.shift)
         return torch.cat([first, self._sparse(x[..., dense:, :])], dim=-2)
 
     def active(self, x: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class RankAwareSparse(StructuredLinear):
         active = self.active(x)
         y = self._gathered(x, active) if self._may_gather(x) else None
         if y is None:
-            y = functional.linear(x.masked_fill(~active, 0), self.columns.mT, self.shift)
+            y = times(x.masked_fill(~active, 0), self.columns.mT, self.shift)
         return y + self.up(self.down(x.masked_fill(active, 0))) if self.rank else y
 
     def _may_gather(self, x: Tensor) -> bool:

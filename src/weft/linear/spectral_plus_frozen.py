@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, normalize
 
 from weft.algebra.svd import svd_top
-from weft.linear._structured import StructuredLinear, bare_linear, check_rank, plain
+from weft.linear._structured import Factor, StructuredLinear, bare, check_rank, plain
 
 
 class SpectralPlusFrozen(StructuredLinear):
@@ -50,9 +50,9 @@ class SpectralPlusFrozen(StructuredLinear):
         super().__init__(in_features, out_features, device=device, dtype=dtype)
         self.rank, self.enhanced = check_rank(rank, out_features, in_features, 1), enhanced
         components = min(out_features, in_features)
-        self.down = bare_linear(in_features, rank, False, device, dtype)
+        self.down = bare(Factor, in_features, rank, bias=False, device=device, dtype=dtype)
         self.values = nn.Parameter(torch.empty(components, device=device, dtype=dtype))
-        self.up = bare_linear(rank, out_features, bias, device, dtype)
+        self.up = bare(Factor, rank, out_features, bias=bias, device=device, dtype=dtype)
         rest = components - rank
         self.register_buffer("frozen_up", torch.empty(out_features, rest, device=device, dtype=dtype))
         self.register_buffer("frozen_down", torch.empty(rest, in_features, device=device, dtype=dtype))

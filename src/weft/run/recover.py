@@ -66,15 +66,13 @@ def waits(run: Request) -> bool:
 
 def factors(model: Any, report: dict[str, Any]) -> list[str]:
     """The dense matrices that an adapter can be merged into: factors of compressed layers, and layers that stayed."""
-    from torch import nn
-
-    from weft.linear._structured import Structured
+    from weft.linear._structured import DENSE, Structured
 
     stayed = {name for layer in report["layers"] if layer["size"] is None for name in layer["parts"]}
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Structured):
-            found += [f"{name}.{inner}" for inner, m in module.named_modules() if type(m) is nn.Linear]
+            found += [f"{name}.{inner}" for inner, m in module.named_modules() if type(m) in DENSE]
         elif name in stayed:
             found.append(name)
     return found
