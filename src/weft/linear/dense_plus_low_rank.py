@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from weft.algebra.matmul import times
 from weft.algebra.svd import svd_top
 from weft.linear._structured import Factor, StructuredLinear, bare, check_rank
 
@@ -69,7 +69,7 @@ class DensePlusLowRank(StructuredLinear):
         return {"rank": self.rank, "scale": self.scale}
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.base) + self.up(self.scale * self.down(x))
+        return times(x, self.base) + self.up(self.scale * self.down(x))
 
     def dense(self) -> Tensor:
         wide = torch.promote_types(self.base.dtype, torch.float32)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from weft.algebra.bits import unpack
+from weft.algebra.matmul import times
 from weft.algebra.random import generator
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError, WeftError
@@ -157,7 +157,7 @@ class LowRankPlusScattered(StructuredLinear):
         return y if own else y + self.up(self.c * self.down(x))
 
     def _by_factors(self, x: Tensor, up: Tensor, down: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        y = linear(linear(x, down), up, bias)
+        y = times(times(x, down), up, bias)
         places = self.places.long()
         return y.index_add_(1, places // self.in_features, x[:, places % self.in_features] * values)
 
@@ -194,7 +194,7 @@ class _Product(torch.autograd.Function):
         parts = []
         for rows, mine in _tiles(len(up), ends, tile):
             w = _scatter_(up[rows] @ down, places[mine], values[mine], rows.start)
-            parts.append(linear(x, w, None if bias is None else bias[rows]))
+            parts.append(times(x, w, None if bias is None else bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @staticmethod

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
+from weft.algebra.matmul import times
 from weft.algebra.quantise import WIDTHS, decode, nearest, pack, packed_size, unpack
 from weft.algebra.svd import svd_top
 from weft.errors import UsageError
@@ -153,7 +153,7 @@ class _Product(torch.autograd.Function):
         ctx.form = form
         y = x.new_empty(len(x), len(codes))
         for rows in _tiles(len(codes), form[2]):
-            y[:, rows] = linear(x, _written_out(codes[rows], steps[rows], zeros[rows], form, x.dtype))
+            y[:, rows] = times(x, _written_out(codes[rows], steps[rows], zeros[rows], form, x.dtype))
         return y
 
     @staticmethod

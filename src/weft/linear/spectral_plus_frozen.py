@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
+from weft.algebra.matmul import times
 from weft.algebra.svd import svd_top
 from weft.linear._structured import Factor, StructuredLinear, bare, check_rank, plain
 
@@ -130,10 +131,10 @@ class SpectralPlusFrozen(StructuredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         own = plain(self.down, self.up)
-        z = linear(x, self.frozen_down)
+        z = times(x, self.frozen_down)
         values = self.values[self.order].to(z.dtype)
         active, rest = values.split([self.rank, len(values) - self.rank])
-        y = linear(z * rest, self.frozen_up, self.up.bias.to(z.dtype) if own and self.up.bias is not None else None)
+        y = times(z * rest, self.frozen_up, self.up.bias.to(z.dtype) if own and self.up.bias is not None else None)
         if not own:
             return y + self.up(self.down(x) * active)
         down, up = self.down.weight.to(z.dtype), self.up.weight.to(z.dtype)
