@@ -1,7 +1,7 @@
-"""A trained network's convolutions at 0.9, 0.8, 0.7 and 0.5 of their bits: mimicked features beside cut singular values.
+"""Convolutions of a trained network at 0.9, 0.8, 0.7 and 0.5 of their bits: mimicked features beside singular values.
 
     python benchmarks/compress_convolutions.py --data-dir DIR                   results/convolutions/resnet20.json
-    python benchmarks/compress_convolutions.py --data-dir DIR --model resnet56  or mobilefacenet
+    python benchmarks/compress_convolutions.py --data-dir DIR --model resnet56  or resnet32, mobilefacenet
 
 DIR holds models/resnet_cifar10 and cifar10_subset: 2000 training images calibrate, 1000 test images are classified. Or
 models/mobilefacenet and orl_faces: 200 photographs of 20 people calibrate, and of 20 others each is named after the

@@ -60,7 +60,10 @@ COMMANDS = {
     "pretraining": "python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining",
     "larger": "python benchmarks/optimiser_studies.py --data-dir DIR --study larger",
     "resnet20": "python benchmarks/compress_convolutions.py --data-dir DIR",
-    "mobilefacenet": "python benchmarks/compress_convolutions.py --data-dir DIR --model mobilefacenet",
+    **{
+        name: f"python benchmarks/compress_convolutions.py --data-dir DIR --model {name}"
+        for name in ("resnet32", "resnet56", "mobilefacenet")
+    },
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
     "squeezed": "python benchmarks/compression_studies.py --data-dir DIR",
     "maestro": "python benchmarks/maestro.py --data-dir DIR",
@@ -112,7 +115,7 @@ def trained() -> Iterator[tuple[str, Line]]:
 
 
 def convolutions() -> Iterator[tuple[str, Line]]:
-    for name in ("resnet20", "mobilefacenet"):
+    for name in ("resnet20", "resnet32", "resnet56", "mobilefacenet"):
         path = BENCHMARKS / "results" / "convolutions" / f"{name}.json"
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
             low, high = row["interval"]
