@@ -14,6 +14,7 @@ needs_onednn = pytest.mark.skipif(matmul.ONEDNN is None, reason="this torch has 
 def calls(monkeypatch):
     """Of oneDNN, which here takes matrices of any size."""
     seen, own = [], matmul.ONEDNN
+    monkeypatch.setattr(matmul, "FASTER", True)
     monkeypatch.setattr(matmul, "LARGE", 0)
     monkeypatch.setattr(matmul, "LARGE_FOR_ONE", 0)
     monkeypatch.setattr(matmul, "ONEDNN", lambda x, *rest: seen.append(tuple(x.shape)) or own(x, *rest))
@@ -37,6 +38,7 @@ def test_it_is_the_product(rows, out, in_, bias, turned):
     x, b = random(*rows, in_ + 1)[..., 1:], random(out) if bias else None
     w = random(in_, out).mT if turned else random(out, in_)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(matmul, "FASTER", True)
         patch.setattr(matmul, "LARGE", 0)
         patch.setattr(matmul, "LARGE_FOR_ONE", 0)
         y = matmul.times(x, w, b)
@@ -90,8 +92,25 @@ def test_its_operations_are_counted(calls):
     assert counts == [2 * 14 * 3 * (30 + 40)] * 2 and calls == [(2, 7, 30), (2, 7, 3)]
 
 
-def test_a_torch_without_onednn(monkeypatch):
-    monkeypatch.setattr(matmul, "ONEDNN", None)
-    x, w = random(3, 1024), random(512, 1024)
+def test_other_processors_keep_the_stock_product(calls, monkeypatch):
+    monkeypatch.setattr(matmul, "FASTER", False)
+    x, w = random(3, 8), random(5, 8)
     with torch.no_grad():
-        assert torch.equal(matmul.times(x, w), torch.nn.functional.linear(x, w))
+        assert torch.equal(matmul.times(x, w), torch.nn.functional.linear(x, w)) and calls == []
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("linux", [True, False])
+def test_which_processors_it_is_for(monkeypatch, tmp_path, vendor, capability, linux):
+    about = tmp_path / "cpuinfo"
+    if linux:
+        about.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n" * 100)
+    monkeypatch.setattr(matmul, "Path", lambda _: about)
+    monkeypatch.setattr(matmul.platform, "processor", lambda: "x86_64" if linux else f"AMD64 Family 25, {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(matmul, "ONEDNN", len)
+    assert matmul._is_faster() == (vendor == "AuthenticAMD" and capability == "AVX512")
+    monkeypatch.setattr(matmul, "ONEDNN", None)
+    assert not matmul._is_faster()

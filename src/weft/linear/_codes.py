@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from weft.algebra.bits import pack, unpack
-from weft.algebra.matmul import eager, times
+from weft.algebra.matmul import FASTER, eager, times
 from weft.algebra.sparse_coding import spread
 from weft.errors import WeftError
 from weft.linear._structured import StructuredLinear
 
 TILE = 256  # rows of S that are written out at a time: few enough to stay near the processor
-FEW = 32  # rows of x up to which the sparse product of a processor is faster, and which it takes at a time
+FEW = 32 if FASTER else 64  # rows of x up to which the sparse product of a processor wins, and which it takes at a time
 THIN = 0.125  # share of a row's entries up to which it is faster with any number, but for half the bits
 SPARSE = torch.backends.mkl.is_available()  # whether there is one
 
