@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import select
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -321,6 +325,26 @@ def test_a_worker_that_dies_takes_its_own_run_only(tmp_path, monkeypatch):
         pool.close()
     assert finished.pop(2) is None
     assert all(row == {"shared": 1, "number": number, "die": False} for number, row in finished.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_workers_end_with_the_first_process_in_the_middle_of_a_run(tmp_path):
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    (tmp_path / "sleeping.py").write_text(
+        "import time\n\ndef work(context, task):\n"
+        "    with open(task['told'], 'wb', buffering=0) as file:\n        file.write(b'.')\n        time.sleep(300)\n"
+    )
+    script = "import sys, sleeping\nfrom weft.run.spread import Processes\nif __name__ == '__main__':\n"
+    script += "    pool = Processes(sleeping.work, {}, workers=1, threads=1)\n"
+    script += "    pool.submit({'told': sys.argv[1]})\n    pool.next()\n"
+    (tmp_path / "first.py").write_text(script)
+    with subprocess.Popen([sys.executable, str(tmp_path / "first.py"), str(told)]) as first, told.open("rb", 0) as file:
+        assert file.read(1) == b"."  # it runs
+        first.kill()
+        assert select.select([file], [], [], 60)[0] and file.read() == b""  # nobody holds the other end any more
+
 
 
 def test_ray_is_an_extra(place, monkeypatch):
