@@ -54,16 +54,13 @@ TRAINED = (
     ("larger", "galore", "as good as AdamW, at four times the size (one seed)", "full@galore", "full@hf:adamw_torch"),
     ("larger", "sltrain", "near full rank, at four times the size (one seed)", "sltrain", "full@hf:adamw_torch"),
 )
+CONVOLUTIONAL = ("resnet20", "resnet32", "resnet56", "mobilefacenet")
 COMMANDS = {
     "fine-tuning": "python benchmarks/optimiser_studies.py --data-dir DIR --study fine-tuning",
     "wide": "python benchmarks/optimiser_studies.py --data-dir DIR --study wide",
     "pretraining": "python benchmarks/optimiser_studies.py --data-dir DIR --study pretraining",
     "larger": "python benchmarks/optimiser_studies.py --data-dir DIR --study larger",
-    "resnet20": "python benchmarks/compress_convolutions.py --data-dir DIR",
-    **{
-        name: f"python benchmarks/compress_convolutions.py --data-dir DIR --model {name}"
-        for name in ("resnet32", "resnet56", "mobilefacenet")
-    },
+    **{name: f"python benchmarks/compress_convolutions.py --data-dir DIR --model {name}" for name in CONVOLUTIONAL},
     "prose7m": "python benchmarks/compression_claims.py --data-dir DIR",
     "squeezed": "python benchmarks/compression_studies.py --data-dir DIR",
     "maestro": "python benchmarks/maestro.py --data-dir DIR",
@@ -115,7 +112,7 @@ def trained() -> Iterator[tuple[str, Line]]:
 
 
 def convolutions() -> Iterator[tuple[str, Line]]:
-    for name in ("resnet20", "resnet32", "resnet56", "mobilefacenet"):
+    for name in CONVOLUTIONAL:
         path = BENCHMARKS / "results" / "convolutions" / f"{name}.json"
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
             low, high = row["interval"]

@@ -10,13 +10,17 @@ from weft.linear.low_rank import LowRank
 needs_onednn = pytest.mark.skipif(matmul.ONEDNN is None, reason="this torch has no oneDNN")
 
 
+def ask_always(patch: pytest.MonkeyPatch) -> None:
+    """oneDNN, on any processor and for matrices of any size."""
+    for name, value in {"FASTER": True, "LARGE": 0, "LARGE_FOR_ONE": 0}.items():
+        patch.setattr(matmul, name, value)
+
+
 @pytest.fixture
 def calls(monkeypatch):
-    """Of oneDNN, which here takes matrices of any size."""
+    """The shapes of x that oneDNN was asked with."""
     seen, own = [], matmul.ONEDNN
-    monkeypatch.setattr(matmul, "FASTER", True)
-    monkeypatch.setattr(matmul, "LARGE", 0)
-    monkeypatch.setattr(matmul, "LARGE_FOR_ONE", 0)
+    ask_always(monkeypatch)
     monkeypatch.setattr(matmul, "ONEDNN", lambda x, *rest: seen.append(tuple(x.shape)) or own(x, *rest))
     return seen
 
@@ -38,9 +42,7 @@ def test_it_is_the_product(rows, out, in_, bias, turned):
     x, b = random(*rows, in_ + 1)[..., 1:], random(out) if bias else None
     w = random(in_, out).mT if turned else random(out, in_)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(matmul, "FASTER", True)
-        patch.setattr(matmul, "LARGE", 0)
-        patch.setattr(matmul, "LARGE_FOR_ONE", 0)
+        ask_always(patch)
         y = matmul.times(x, w, b)
     exact = x.double() @ w.double().mT + (0 if b is None else b.double())
     assert y.shape == (*rows, out) and y.dtype == torch.float32 and y.is_contiguous()

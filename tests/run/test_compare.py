@@ -346,7 +346,6 @@ def test_workers_end_with_the_first_process_in_the_middle_of_a_run(tmp_path):
         assert select.select([file], [], [], 60)[0] and file.read() == b""  # nobody holds the other end any more
 
 
-
 def test_ray_is_an_extra(place, monkeypatch):
     monkeypatch.setattr(spread.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--ray needs the extra `weft\[ray\]`"):
