@@ -144,7 +144,6 @@ def test_a_dry_run_writes_nothing(weft, words, tmp_path):
         (["--config-options", "hiden_size=8"], "did you mean 'hidden_size'"),
         (["--optimizer", "adam"], "unknown"),
         ([*GALORE[:2], "--rank", 999], "have a side of at most rank=999"),
-        (["--optimizer", "hf:apollo_adamw"], "You need to install `apollo_torch`"),
         (["--method", "sltrin"], "trains no model from random weights: did you mean 'sltrain'"),
         (["--method", "sora"], "'sora' trains no model from random weights"),
         (["--method", "sltrain", "--rank", 999], "rank=999: a matrix of"),
@@ -153,6 +152,13 @@ def test_a_dry_run_writes_nothing(weft, words, tmp_path):
 )
 def test_what_cannot_be_is_refused_before_any_work(more, said, refuse, words, tmp_path):
     refuse(2, *words(tmp_path / "out", *more), says=(said,))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optimiser_whose_library_is_missing_is_refused_in_trainers_words(refuse, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_apollo_torch_available", lambda: False)
+    said = "You need to install `apollo_torch`"
+    refuse(2, *words(tmp_path / "out", "--optimizer", "hf:apollo_adamw"), says=(said,))
     assert not (tmp_path / "out").exists()
 
 
