@@ -27,6 +27,7 @@ ABOUT = {
     "e2e": "the same Llama, to descriptions of restaurants",
     "sst2": "all-MiniLM, an encoder of 23 million parameters, to the sentiment of 2,000 sentences",
     "mrpc": "all-MiniLM without dropout, to pairs of sentences that say the same or do not",
+    "cola": "all-MiniLM without dropout, to sentences that are grammatical or not",
     "digits": "a vision transformer of 35 thousand parameters, to digits turned and inverted",
 }
 STREAMED = (
