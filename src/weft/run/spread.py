@@ -68,17 +68,18 @@ def _settle(threads: int) -> None:
     gc.freeze()  # else each collection, and there are some in every run, looks at all that was imported
 
 
-def _end_with(first: Connection) -> None:
+def _end_with_the_first() -> None:
     """End this process with the first one, killed or not, in the middle of a run: nobody waits for it."""
-    with contextlib.suppress(EOFError, OSError):
-        first.recv_bytes()  # nothing is ever sent
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
     os._exit(1)
 
 
-def _serve(pipe: Connection, first: Connection, function: str, context: str, threads: int) -> None:
+def _serve(pipe: Connection, function: str, context: str, threads: int) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C reaches a whole group: only the first process is to hear it
-    threading.Thread(target=_end_with, args=(first,), daemon=True).start()
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     _settle(threads)
     run, shared = _find(function), json.loads(context)
     while True:
@@ -114,7 +115,6 @@ class Processes:
     def __init__(self, function: Function, context: Json, workers: int, threads: int) -> None:
         self._arguments = (name_of(function), json.dumps(context), threads)
         self._workers = workers
-        self._first, self._held = _processes().Pipe(duplex=False)  # whose end says that this process has ended
         self._idle: list[tuple[Any, Connection]] = []
         self._busy: dict[Connection, tuple[Any, Json]] = {}
 
@@ -132,7 +132,7 @@ class Processes:
     def _start(self) -> tuple[Any, Connection]:
         processes = _processes()
         ours, theirs = processes.Pipe()
-        process = processes.Process(target=_serve, args=(theirs, self._first, *self._arguments), daemon=True)
+        process = processes.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         with _threads_in_environment(self._arguments[2]):
             process.start()
         theirs.close()
@@ -164,8 +164,6 @@ class Processes:
             process.join(timeout=10)
             process.kill()
             process.join()
-        self._first.close()
-        self._held.close()
 
 
 @contextlib.contextmanager
